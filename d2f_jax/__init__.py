@@ -1,0 +1,7 @@
+"""Stable Diffusion on JAX, finetuned as a flow (Diff2Flow)."""
+
+from d2f_jax import alignment
+from d2f_jax.errors import InputError
+from d2f_jax.schedule import NoiseSchedule
+
+__all__ = ["InputError", "NoiseSchedule", "alignment"]

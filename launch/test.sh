@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs into .venv what the tests need, then passes lint, types and tests.
+# Usage: ./launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+./launch/install.sh
+# The CPU build by its exact version: an open range would bring gigabytes of CUDA libraries for a test that needs none.
+.venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet 'torch==2.13.0'
+./launch/install.sh test torch
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
