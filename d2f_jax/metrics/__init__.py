@@ -1,0 +1,11 @@
+"""Measures of generated pictures."""
+
+from d2f_jax.metrics.captions import caption_accuracy as caption_accuracy
+from d2f_jax.metrics.captions import caption_pairs as caption_pairs
+from d2f_jax.metrics.classifier import ShapesClassifier as ShapesClassifier
+from d2f_jax.metrics.classifier import load_classifier as load_classifier
+from d2f_jax.metrics.frechet import FeatureStatistics as FeatureStatistics
+from d2f_jax.metrics.frechet import frechet_distance as frechet_distance
+from d2f_jax.metrics.shapes_scores import Scores as Scores
+from d2f_jax.metrics.shapes_scores import feature_statistics as feature_statistics
+from d2f_jax.metrics.shapes_scores import shapes_scores as shapes_scores

@@ -1,0 +1,58 @@
+"""The two numbers by which ShapesWorld's generated pictures are compared."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from d2f_jax.metrics.captions import caption_accuracy
+from d2f_jax.metrics.classifier import Judgement, ShapesClassifier
+from d2f_jax.metrics.frechet import FeatureStatistics, frechet_distance
+
+
+class Scores(NamedTuple):
+    """`frechet_distance` to real pictures, lower is better; `caption_accuracy` in [0, 1], higher is better."""
+
+    frechet_distance: float
+    caption_accuracy: float
+
+
+def feature_statistics(classifier: ShapesClassifier, images_NxHxWx3: np.ndarray) -> FeatureStatistics:
+    """Of real uint8 pictures: the reference of `shapes_scores`. Take as many as there will be generated ones."""
+    features_NxF, _ = _judge(classifier, images_NxHxWx3)
+    return FeatureStatistics.of(features_NxF)
+
+
+def shapes_scores(
+    classifier: ShapesClassifier,
+    images_NxHxWx3: np.ndarray,
+    *,
+    prompts: Sequence[str],
+    reference: FeatureStatistics,
+) -> Scores:
+    """Of generated uint8 pictures and the captions they came from; `reference` of real ones of their size."""
+    features_NxF, logits_NxP = _judge(classifier, images_NxHxWx3)
+    distance = frechet_distance(FeatureStatistics.of(features_NxF), reference)
+    return Scores(distance, caption_accuracy(logits_NxP, prompts))
+
+
+_BATCH = 64
+
+
+@nnx.jit
+def _apply(classifier: ShapesClassifier, images_BxHxWx3: jax.Array) -> Judgement:
+    return classifier(images_BxHxWx3.astype(jnp.float32) / 127.5 - 1)
+
+
+def _judge(classifier: ShapesClassifier, images_NxHxWx3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features and logits, in batches of one shape: the last is filled up, so that each size compiles once."""
+    if images_NxHxWx3.dtype != np.uint8:
+        raise ValueError(f"pictures must be uint8, not {images_NxHxWx3.dtype}")
+    count = len(images_NxHxWx3)
+    padded = np.pad(images_NxHxWx3, [(0, -count % _BATCH), (0, 0), (0, 0), (0, 0)])
+    parts = [_apply(classifier, jnp.asarray(batch)) for batch in np.split(padded, len(padded) // _BATCH)]
+    features, logits = (np.concatenate([np.asarray(x) for x in rows])[:count] for rows in zip(*parts, strict=True))
+    return features, logits

@@ -1,0 +1,120 @@
+"""ImageFolder: every kind of picture becomes upright RGB, everything wrong is told in one line."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2f_jax.data.sources import ImageFolder, read_image
+from d2f_jax.errors import InputError
+
+GRADIENT = np.linspace(0, 255, 8 * 12 * 3).reshape(8, 12, 3).astype(np.uint8)
+
+
+def write_folder(folder, *lines: object) -> None:
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(GRADIENT).save(folder / "a.png")
+    rows = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+
+def test_pictures_and_captions_in_the_order_of_the_lines(tmp_path):
+    write_folder(tmp_path, {"file_name": "sub/b.png", "text": "b"}, "", {"file_name": "a.png", "text": "ä", "x": 1})
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(GRADIENT[::-1]).save(tmp_path / "sub" / "b.png")
+    source = pickle.loads(pickle.dumps(ImageFolder(str(tmp_path))))
+    assert len(source) == 2
+    assert [source[i]["text"] for i in range(2)] == ["b", "ä"]
+    np.testing.assert_array_equal(source[0]["image"], GRADIENT[::-1])
+    np.testing.assert_array_equal(source[1]["image"], GRADIENT)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1", "YCbCr"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    name = "a.tiff" if mode in ("CMYK", "YCbCr") else "a.png"
+    Image.fromarray(GRADIENT).convert(mode).save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.shape == (8, 12, 3) and image.dtype == np.uint8
+    if mode != "1":
+        assert np.abs(image.mean(-1) - GRADIENT.mean(-1)).mean() < 12
+
+
+def test_transparency_lies_on_white(tmp_path):
+    rgba = np.concatenate([GRADIENT, np.zeros((8, 12, 1), np.uint8)], -1)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png") == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_allclose(read_image(tmp_path / "a.png")[..., 0], values / 257, atol=0.51)
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="floating-point pixels"):
+        read_image(tmp_path / "a.tiff")
+
+
+def test_links_may_lead_out_as_in_the_hub_cache(tmp_path):
+    write_folder(tmp_path / "snapshot", {"file_name": "a.png", "text": "line\u2028separator"})
+    (tmp_path / "snapshot" / "a.png").rename(tmp_path / "blob")
+    (tmp_path / "snapshot" / "a.png").symlink_to(tmp_path / "blob")
+    np.testing.assert_array_equal(ImageFolder(tmp_path / "snapshot")[0]["image"], GRADIENT)
+
+
+def test_the_camera_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+    Image.fromarray(GRADIENT).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(GRADIENT, 3))
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ([], r"metadata\.jsonl is empty"),
+        (["", "  "], r"metadata\.jsonl is empty"),
+        ([{"file_name": "a.png", "text": "x"}, "{oops"], r"metadata\.jsonl:2 is not JSON"),
+        (["[1, 2]"], r"metadata\.jsonl:1 is not a JSON object"),
+        ([{"file_name": "a.png"}], r"metadata\.jsonl:1 has no key 'text'"),
+        ([{"text": "x"}], r"metadata\.jsonl:1 has no key 'file_name'"),
+        ([{"file_name": "a.png", "text": 3}], r"metadata\.jsonl:1: text must be a string, not 3"),
+        ([{"file_name": f"{i}.png", "text": ""} for i in range(9)], r"not there: 0\.png, .* and 4 more"),
+        ([{"file_name": "../b.png", "text": "x"}], r"outside its folder: \.\./b\.png"),
+        ([{"file_name": "/etc/hostname", "text": "x"}], r"outside its folder: /etc/hostname"),
+        ([{"file_name": "metadata.jsonl", "text": "x"}], r"1 of 1 pictures do not open: metadata\.jsonl \(not"),
+    ],
+)
+def test_bad_metadata(tmp_path, lines, told):
+    write_folder(tmp_path / "pictures", *lines)
+    with pytest.raises(InputError, match=told) as error:
+        ImageFolder(tmp_path / "pictures")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folder_and_missing_metadata(tmp_path):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"has no metadata\.jsonl"):
+        ImageFolder(tmp_path)
+
+
+def test_metadata_that_is_no_text(tmp_path):
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        ImageFolder(tmp_path)
+
+
+def test_a_truncated_picture_is_named_when_it_is_read(tmp_path):
+    write_folder(tmp_path, {"file_name": "a.png", "text": "x"})
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:4000])
+    source = ImageFolder(tmp_path)
+    with pytest.raises(InputError, match=r"a\.png does not decode") as error:
+        source[0]
+    assert "\n" not in str(error.value)
