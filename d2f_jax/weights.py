@@ -1,0 +1,267 @@
+"""Checkpoints in diffusers' layout: loading, saving, and the one rule between their names and ours.
+
+Modules are named after the checkpoint's keys, so a parameter's key is its path with `kernel`, `scale` and `embedding`
+called `weight`, and its array is transposed by rank: convolutions HWIO <-> OIHW, linear layers IO <-> OI. The rule runs
+in both directions and is strict.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from jax.typing import DTypeLike
+from transformers import CLIPTokenizer
+
+from d2f_jax.errors import InputError
+from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
+from d2f_jax.models.vae import AutoencoderKL, VAEConfig
+
+TINY_SD = Path(__file__).parent / "assets" / "tiny-sd"
+"""The embedded model, which the name "tiny-sd" stands for."""
+
+Model = TypeVar("Model", bound=nnx.Module)
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# The autoencoder's attention in checkpoints written before diffusers 0.18.
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_SHOWN = 8  # of the tensors at fault, in an error
+
+
+def load_unet(
+    path_or_hub_id: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> UNet2DConditionModel:
+    """The UNet of a diffusers folder or hub id (a pipeline's, or the component's own), with its weights in it.
+
+    `variant` is that of the files (`fp16`), `dtype` what the network computes in, `param_dtype` what its parameters are
+    kept in. Raises InputError for whatever is missing, damaged, of another network, or does not fit.
+    """
+    folder = component_folder(path_or_hub_id, "unet", variant=variant, revision=revision)
+    config = UNetConfig.from_dict(_read_json(folder / "config.json"))
+    return _fill(
+        lambda: UNet2DConditionModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        _Tensors(folder, _DIFFUSERS, variant),
+    )
+
+
+def load_vae(
+    path_or_hub_id: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> AutoencoderKL:
+    """The autoencoder, as `load_unet`."""
+    folder = component_folder(path_or_hub_id, "vae", variant=variant, revision=revision)
+    config = VAEConfig.from_dict(_read_json(folder / "config.json"))
+    return _fill(
+        lambda: AutoencoderKL(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        _Tensors(folder, _DIFFUSERS, variant),
+    )
+
+
+def load_text_encoder(
+    path_or_hub_id: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> CLIPTextModel:
+    """The text encoder, as `load_unet`."""
+    folder = component_folder(path_or_hub_id, "text_encoder", variant=variant, revision=revision)
+    config = CLIPTextConfig.from_dict(_read_json(folder / "config.json"))
+    return _fill(
+        lambda: CLIPTextModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        _Tensors(folder, _TRANSFORMERS, variant),
+    )
+
+
+def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> CLIPTokenizer:
+    """The pipeline's tokenizer."""
+    folder = component_folder(path_or_hub_id, "tokenizer", revision=revision)
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no tokenizer that loads: {error}") from error
+
+
+def load_scheduler_config(path_or_hub_id: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's `scheduler/scheduler_config.json`."""
+    return _read_json(component_folder(path_or_hub_id, "scheduler", revision=revision) / "scheduler_config.json")
+
+
+def save_pretrained(model: nnx.Module, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
+    """Writes `config.json` and the weights as safetensors, in the parameters' dtype or in `dtype`.
+
+    What is written, diffusers (transformers for the text encoder) loads, and `load_*` reads back bit for bit. The
+    weights appear under their name only when they are whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, prefix, extra = _FORMATS[type(model)]
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        array = np.asarray(variable[...]) if dtype is None else np.asarray(variable[...]).astype(jnp.dtype(dtype))
+        tensors[prefix + key_of(path)] = np.ascontiguousarray(swap_layout(path, array, to_torch=True))
+    part = folder / f"{stem}.safetensors.part"
+    safetensors.numpy.save_file(tensors, part, metadata={"format": "pt"})
+    os.replace(part, folder / f"{stem}.safetensors")
+    config = dataclasses.asdict(model.config)  # pyright: ignore[reportAttributeAccessIssue]
+    (folder / "config.json").write_text(json.dumps(extra | config, indent=2) + "\n")
+
+
+def key_of(path: tuple[Any, ...]) -> str:
+    """The checkpoint's name of a parameter, from its path in the module."""
+    *parents, leaf = path
+    return ".".join([*map(str, parents), _LEAVES[leaf]])
+
+
+def swap_layout(path: tuple[Any, ...], array: np.ndarray, *, to_torch: bool) -> np.ndarray:
+    """HWIO <-> OIHW for convolutions, IO <-> OI for linear layers; norms, biases, embeddings are the same in both."""
+    if path[-1] != "kernel":
+        return array
+    if array.ndim == 2:
+        return array.T
+    return array.transpose(3, 2, 0, 1) if to_torch else array.transpose(2, 3, 1, 0)
+
+
+def component_folder(
+    path_or_hub_id: str | Path, component: str, *, variant: str | None = None, revision: str | None = None
+) -> Path:
+    """The local folder of a pipeline's component: given as it is, inside a given pipeline's folder, or from the hub.
+
+    Raises InputError if there is none.
+    """
+    root = TINY_SD if path_or_hub_id == "tiny-sd" else Path(path_or_hub_id)
+    if not root.is_dir():
+        root = _download(str(path_or_hub_id), component, variant, revision)
+    if (root / component).is_dir():
+        return root / component
+    if (root / "config.json").is_file():
+        return root
+    raise InputError(f"{root} holds no {component}/ and no config.json; give a diffusers folder")
+
+
+def _download(hub_id: str, component: str, variant: str | None, revision: str | None) -> Path:
+    """Only the files of this component and variant."""
+    names = ["*.json", "*.txt"]
+    for stem in (_DIFFUSERS, _TRANSFORMERS):
+        names += (
+            [f"{stem}.{variant}*.safetensors"] if variant else [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"]
+        )
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[f"{component}/{n}" for n in names]))
+    except HFValidationError:
+        reason = "there is no such folder, and it is no hub id (owner/name)"
+    except (OSError, HfHubHTTPError) as error:
+        reason = f"there is no such folder, and the hub gives none ({' '.join(str(error).split())[:160]})"
+    raise InputError(f"model {hub_id}: {reason}; give a diffusers folder or a hub id")
+
+
+class _Tensors:
+    """The tensors of a component by name, read one at a time, from one safetensors file or from an index's shards."""
+
+    def __init__(self, folder: Path, stem: str, variant: str | None) -> None:
+        dotted = f".{variant}" if variant else ""
+        index = next(folder.glob(f"{stem}.safetensors.index{dotted}.json"), None)
+        single = folder / f"{stem}{dotted}.safetensors"
+        if index is not None and not single.exists():
+            files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        else:
+            files = [single]
+        self.folder = folder
+        self._where: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            if not file.exists():
+                there = ", ".join(sorted(f.name for f in folder.glob("*.safetensors"))) or "none"
+                raise InputError(
+                    f"{file} is missing (safetensors there: {there}); give the variant that is there, or the file"
+                )
+            try:
+                handle = safetensors.safe_open(file, framework="numpy")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise InputError(f"{file} is damaged ({error}); download or copy it again") from error
+            self._where |= {_modern(name): (handle, name) for name in handle.keys()}  # noqa: SIM118
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        handle, stored = self._where[name]
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        handle, stored = self._where[name]
+        return handle.get_tensor(stored)
+
+
+def _modern(name: str) -> str:
+    """A tensor's present name: without the text tower's prefix, and with the attention's names of diffusers 0.18 on."""
+    name = name.removeprefix("text_model.")
+    if ".mid_block.attentions." in name and name.startswith(("encoder.", "decoder.")):
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+    return name
+
+
+def _fill(build: Callable[[], Model], tensors: _Tensors) -> Model:
+    """The module with its parameters read tensor by tensor, so that no second copy of them is ever in memory."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(build))
+    flat = dict(nnx.to_flat_state(abstract))
+    keys = {path: key_of(path) for path in flat}
+    # Text encoders carry their position numbers as a tensor, which is no parameter.
+    present = {name for name in tensors.names() if not name.endswith("position_ids")}
+    faults = [f"missing {key}" for key in sorted(set(keys.values()) - present)]
+    faults += [f"unexpected {key}" for key in sorted(present - set(keys.values()))]
+    for path, variable in flat.items():
+        wanted = swap_layout(path, np.empty(variable.shape, np.bool_), to_torch=True).shape
+        if keys[path] in present and tensors.shape(keys[path]) != wanted:
+            faults.append(f"misshapen {keys[path]} {tensors.shape(keys[path])}, the config makes it {wanted}")
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise InputError(f"{tensors.folder} does not fit its config.json: {'; '.join(faults[:_SHOWN])}{more}")
+    for path, variable in flat.items():
+        array = swap_layout(path, tensors.read(keys[path]), to_torch=False)
+        flat[path] = variable.replace(jnp.asarray(array, variable.dtype))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); give a diffusers folder") from error
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}); download or copy it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object; download or copy it again")
+    return content
+
+
+# For each network: the weights' file, the prefix of its tensors, what config.json says beside the network's own keys.
+_FORMATS: dict[type, tuple[str, str, dict[str, Any]]] = {
+    UNet2DConditionModel: (_DIFFUSERS, "", {"_class_name": "UNet2DConditionModel"}),
+    AutoencoderKL: (_DIFFUSERS, "", {"_class_name": "AutoencoderKL"}),
+    CLIPTextModel: (
+        _TRANSFORMERS,
+        "text_model.",
+        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
+    ),
+}
