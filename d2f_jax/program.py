@@ -1,0 +1,40 @@
+"""How every program starts and ends: flags in, exit code out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from d2f_jax.errors import InputError
+
+Config = Any  # a locked ConfigDict: what its attributes are, only the file in configs/ knows
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; bad flags and InputError end with one line on stderr and exit code 2."""
+    app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except InputError as error:
+        _refuse(error)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    # A config file is the user's Python and an override is the user's typing: whatever they raise is about the input.
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:
+        _refuse(error)
+    if rest[1:]:
+        _refuse(InputError(f"unexpected argument {rest[1]!r}; options are written --name=value (see --help)"))
+    return rest
+
+
+def _refuse(error: Exception) -> None:
+    kind = "" if isinstance(error, InputError | flags.Error) else f"{type(error).__name__}: "
+    print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)

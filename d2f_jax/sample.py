@@ -1,0 +1,89 @@
+"""Samples from a checkpoint into one PNG grid.
+
+python -m d2f_jax.sample --model=PATH_OR_HUB_ID --prompt="a red cube" --num_steps=4 --out=samples.png
+"""
+
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
+
+from d2f_jax import program, report
+from d2f_jax.errors import InputError
+from d2f_jax.pipeline import Pipeline, Sampler
+
+_MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id, or the embedded tiny-sd.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat for more.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
+_OUT = flags.DEFINE_string("out", "samples.png", "The picture to write.")
+_SAMPLER = flags.DEFINE_enum(
+    "sampler",
+    "flow",
+    get_args(Sampler),
+    "flow: Euler on flow time; ddim: for a model as it came; ddim_on_flow_grid: the pictures of flow, by DDIM.",
+)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "Network evaluations (twice as many with guidance).", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance; 1 is none.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise; image i of a seed is always the same.")
+_IMAGES = flags.DEFINE_integer("images_per_prompt", 1, "How many of each.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Images computed at once.", lower_bound=1)
+_HEIGHT = flags.DEFINE_integer("height", None, "Pixels; the model's own size by default.")
+_WIDTH = flags.DEFINE_integer("width", None, "Pixels; the model's own size by default.")
+_VARIANT = flags.DEFINE_string("variant", None, "Of the weights' files, such as fp16.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the networks compute in.")
+
+
+def main() -> None:
+    if _MODEL.value is None:
+        raise InputError("--model is missing: a diffusers folder, a hub id, or tiny-sd")
+    prompts = [prompt for prompt in read_prompts() for _ in range(_IMAGES.value)]
+    out = Path(_OUT.value)
+    if not out.parent.is_dir():
+        raise InputError(f"--out={out}: the folder {out.parent} does not exist; create it first")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--out={out}: no picture format is called {out.suffix!r}; write .png")
+    pipeline = Pipeline.from_pretrained(_MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value)
+    noise = pipeline.noise(_SEED.value, len(prompts), _HEIGHT.value, _WIDTH.value)
+    images = []
+    with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:
+        for i in range(0, len(prompts), _BATCH.value):
+            chunk = prompts[i : i + _BATCH.value]
+            images.append(
+                pipeline(
+                    chunk,
+                    num_steps=_NUM_STEPS.value,
+                    guidance_scale=_GUIDANCE.value,
+                    negative_prompt=_NEGATIVE.value,
+                    noise=noise[i : i + _BATCH.value],
+                    sampler=cast(Sampler, _SAMPLER.value),
+                )
+            )
+            bar.update(len(chunk))
+    columns = _IMAGES.value if _IMAGES.value > 1 else max(1, round(len(prompts) ** 0.5))
+    try:
+        Image.fromarray(report.tile(np.concatenate(images), columns)).save(out)
+    except OSError as error:
+        raise InputError(f"--out={out} cannot be written ({error.strerror or error}); give another file") from error
+    print(out)
+
+
+def read_prompts() -> list[str]:
+    """From --prompt and --prompt_file. Raises InputError if there is none."""
+    prompts = list(_PROMPT.value)
+    if _PROMPT_FILE.value is not None:
+        try:
+            lines = Path(_PROMPT_FILE.value).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompt_file={_PROMPT_FILE.value} cannot be read: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError("there is no prompt: give --prompt=TEXT or a --prompt_file with one a line")
+    return prompts
+
+
+if __name__ == "__main__":
+    program.run(main)

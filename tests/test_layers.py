@@ -1,0 +1,72 @@
+"""Imports go strictly downward: what a module may know is decided by its layer."""
+
+import ast
+from pathlib import Path
+
+import d2f_jax
+
+ROOT = Path(d2f_jax.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"schedule", "flow", "alignment", "sampling"},
+    {"models", "lora"},
+    {"objectives", "optim", "step", "sharding"},
+    {"weights", "data", "checkpoint", "metrics", "report"},
+    {"pipeline", "program", "evaluate", "train", "sample"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def part(file: Path) -> str:
+    """The name by which a file is listed: its top folder, or itself without suffix."""
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_parts(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            # `from d2f_jax import flow` names a module, `from d2f_jax.flow import f` a member.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("d2f_jax.")}
+    return found
+
+
+MODULES = [file for file in ROOT.rglob("*.py") if file.name != "__init__.py" or file.parent != ROOT]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {part(file) for file in MODULES} == set(LEVEL)
+
+
+def test_imports_go_downward() -> None:
+    upward = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in MODULES
+        for name in imported_parts(file)
+        if name != part(file) and LEVEL[name] > LEVEL[part(file)]
+    ]
+    assert not upward
+
+
+def test_only_programs_and_configs_know_configs_and_flags() -> None:
+    below = [file for file in MODULES if LEVEL[part(file)] < len(LAYERS) - 1]
+    knowing = [
+        file
+        for file in below
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        and any(name in ast.unparse(node) for name in ("ml_collections", "absl"))
+    ]
+    assert not knowing
+
+
+def test_core_needs_neither_torch_nor_tensorflow() -> None:
+    for file in MODULES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not {"torch", "tensorflow", "diffusers"} & set(ast.unparse(node).replace(".", " ").split())

@@ -1,0 +1,130 @@
+"""Sampling: PyTorch diffusers draws the same pictures from the same weights and noise."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import twins
+from PIL import Image
+
+from d2f_jax import InputError, Pipeline, sampling, weights
+
+PROMPTS = ["a red cube", "a large blue sphere left of a small yellow cone on snow at night"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Pipeline:
+    return Pipeline.from_pretrained("tiny-sd")
+
+
+def assert_same_pictures(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """`theirs` in [0, 1]; at most two of 255 levels apart."""
+    assert ours.dtype == np.uint8 and ours.std() > 10, "blank pictures prove nothing"
+    assert np.abs(ours.astype(float) - 255 * theirs).max() <= 2.5  # ours are rounded, theirs are not
+
+
+def test_ddim_of_diffusers(tiny: Pipeline) -> None:
+    theirs = small.torch_pipeline(weights.TINY_SD)
+    noise = tiny.noise(3, 2)
+    options = {"guidance_scale": 3.0, "num_inference_steps": 6, "output_type": "np"}
+    expected = theirs(PROMPTS, negative_prompt=["a cone"] * 2, latents=twins.nchw(np.asarray(noise)), **options).images
+    ours = tiny(PROMPTS, negative_prompt="a cone", noise=noise, guidance_scale=3.0, num_steps=6, sampler="ddim")
+    assert_same_pictures(ours, expected)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_the_export_in_diffusers(tiny: Pipeline, tmp_path: Path, num_steps: int) -> None:
+    tiny.save_pretrained(tmp_path / "export")
+    theirs = small.torch_pipeline(tmp_path / "export")
+    assert type(theirs.scheduler).__name__ == "EulerDiscreteScheduler"
+    noise = tiny.noise(4, 2, height=48, width=80)
+    grid = sampling.flow_grid(tiny.schedule, num_steps)
+    expected = theirs(
+        PROMPTS,
+        height=48,
+        width=80,
+        latents=twins.nchw(np.asarray(noise)),
+        guidance_scale=3.0,
+        num_inference_steps=num_steps,
+        sigmas=sampling.diffusers_sigmas(grid),
+        output_type="np",
+    ).images
+    ours = tiny(PROMPTS, noise=noise, guidance_scale=3.0, num_steps=num_steps)
+    assert ours.shape == (2, 48, 80, 3)
+    assert_same_pictures(ours, expected)
+
+
+def test_flow_steps_are_ddim_on_the_same_grid(tiny: Pipeline) -> None:
+    for num_steps in (1, 5):
+        flow, ddim = (
+            tiny(PROMPTS, num_steps=num_steps, guidance_scale=3.0, seed=1, sampler=sampler).astype(int)
+            for sampler in ("flow", "ddim_on_flow_grid")
+        )
+        assert np.abs(flow - ddim).max() <= 1
+
+
+def test_seeds_reproduce_and_rows_do_not_depend_on_their_batch(tiny: Pipeline) -> None:
+    two = tiny(PROMPTS, num_steps=2, seed=7)
+    np.testing.assert_array_equal(two, tiny(PROMPTS, num_steps=2, seed=7))
+    assert np.abs(two[:1].astype(int) - tiny(PROMPTS[0], num_steps=2, seed=7)).max() <= 1
+    assert np.abs(two.astype(int) - tiny(PROMPTS, num_steps=2, seed=8)).max() > 20
+
+
+def test_no_guidance_is_guidance_of_one(tiny: Pipeline) -> None:
+    without = tiny(PROMPTS, num_steps=2, guidance_scale=1.0)
+    with_it = tiny(PROMPTS, num_steps=2, guidance_scale=1.0001)
+    assert np.abs(without.astype(int) - with_it).max() <= 2
+    assert np.abs(without.astype(int) - tiny(PROMPTS, num_steps=2, guidance_scale=4.0)).max() > 20
+
+
+def test_an_export_replaces_an_earlier_one_and_is_whole(tiny: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "export" / "unet").mkdir(parents=True)
+    (tmp_path / "export" / "unet" / "stale.txt").write_text("x")
+    tiny.save_pretrained(tmp_path / "export")
+    assert not (tmp_path / "export" / "unet" / "stale.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+    again = Pipeline.from_pretrained(tmp_path / "export")
+    np.testing.assert_array_equal(again(PROMPTS, num_steps=2), tiny(PROMPTS, num_steps=2))
+
+
+def test_refusals(tiny: Pipeline) -> None:
+    with pytest.raises(InputError, match="num_steps=0"):
+        tiny("a", num_steps=0)
+    with pytest.raises(InputError, match="height=50 is not a multiple of 4"):
+        tiny("a", height=50)
+    with pytest.raises(InputError, match="no prompt"):
+        tiny([])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"in_channels": 9}, "takes 9 channels, the VAE makes 4"),
+        ({"cross_attention_dim": 32}, "takes 32 text features, the text encoder makes 16"),
+    ],
+)
+def test_parts_that_do_not_belong_together(tmp_path: Path, change: dict, said: str) -> None:
+    folder = small.write_pipeline(tmp_path)
+    twins.written(twins.unet(**small.UNET | change), folder / "unet")
+    with pytest.raises(InputError, match=said):
+        Pipeline.from_pretrained(folder)
+
+
+def test_more_tokens_than_positions(tmp_path: Path) -> None:
+    folder = small.write_pipeline(tmp_path)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 77}))
+    with pytest.raises(InputError, match="makes 77 tokens, the text encoder takes 24"):
+        Pipeline.from_pretrained(folder)
+
+
+def test_the_six_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Pipeline." in block)
+    assert "quickstart/export" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("quickstart/export", "tiny-sd"), {})
+    assert Image.open(next(tmp_path.glob("*.png"))).size == (64, 64)
