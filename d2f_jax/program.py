@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from d2f_jax.errors import InputError
 
@@ -27,6 +29,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     # A config file is the user's Python and an override is the user's typing: whatever they raise is about the input.
     try:
         rest = flags.FLAGS(argv)
+        _check_config_file()
     except Exception as error:
         _refuse(error)
     if rest[1:]:
@@ -34,7 +37,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def _check_config_file() -> None:
+    """ml_collections would tell of a missing one only when the config is first used."""
+    if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+        if not file.is_file():
+            raise InputError(f"--config: there is no file {file}; give one such as configs/quickstart.py")
+
+
 def _refuse(error: Exception) -> None:
     kind = "" if isinstance(error, InputError | flags.Error) else f"{type(error).__name__}: "
-    print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error).strip()
+    if "Traceback" in text:  # of a config file that failed, in absl's message: its last line says why
+        text = text.splitlines()[-1]
+    print(f"error: {kind}{' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)
