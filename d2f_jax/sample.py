@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from d2f_jax import program, report
+from d2f_jax.alignment import Convention
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline, Sampler
 
@@ -34,6 +35,9 @@ _BATCH = flags.DEFINE_integer("batch_size", 16, "Images computed at once.", lowe
 _HEIGHT = flags.DEFINE_integer("height", None, "Pixels; the model's own size by default.")
 _WIDTH = flags.DEFINE_integer("width", None, "Pixels; the model's own size by default.")
 _VARIANT = flags.DEFINE_string("variant", None, "Of the weights' files, such as fp16.")
+_CONVENTION = flags.DEFINE_enum(
+    "convention", "exact", get_args(Convention), "reference: for checkpoints of the paper's published code."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the networks compute in.")
 
 
@@ -44,9 +48,11 @@ def main() -> None:
     out = Path(_OUT.value)
     if not out.parent.is_dir():
         raise InputError(f"--out={out}: the folder {out.parent} does not exist; create it first")
-    if out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise InputError(f"--out={out}: no picture format is called {out.suffix!r}; write .png")
-    pipeline = Pipeline.from_pretrained(_MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value)
+    pipeline = Pipeline.from_pretrained(
+        _MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value, convention=cast(Convention, _CONVENTION.value)
+    )
     noise = pipeline.noise(_SEED.value, len(prompts), _HEIGHT.value, _WIDTH.value)
     images = []
     with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:

@@ -5,7 +5,7 @@ one length (`pad_grid`, `pad_timesteps`) and one program serves every number of 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from d2f_jax import alignment
+from d2f_jax.errors import InputError
 from d2f_jax.schedule import NoiseSchedule
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, scalar t) -> velocity
@@ -59,7 +60,9 @@ def diffusers_sigmas(grid: np.ndarray) -> list[float]:
 def ddim_timesteps(
     num_train_timesteps: int, num_steps: int, spacing: Spacing = "leading", steps_offset: int = 0
 ) -> np.ndarray:
-    """diffusers' DDIM timesteps, float32 [N], falling."""
+    """diffusers' DDIM timesteps, float32 [N], falling. Raises InputError for more steps than timesteps."""
+    if not 1 <= num_steps <= num_train_timesteps:
+        raise InputError(f"num_steps={num_steps}: DDIM takes 1 to {num_train_timesteps}, the schedule's timesteps")
     match spacing:
         case "leading":
             steps = np.arange(num_steps) * (num_train_timesteps // num_steps) + steps_offset
@@ -67,6 +70,8 @@ def ddim_timesteps(
             steps = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps))[::-1] - 1
         case "linspace":
             steps = np.linspace(0, num_train_timesteps - 1, num_steps).round()
+        case unknown:
+            raise InputError(f"timestep_spacing={unknown!r} is not one of {', '.join(get_args(Spacing))}")
     return steps[::-1].astype(np.float32)
 
 

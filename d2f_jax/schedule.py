@@ -72,7 +72,16 @@ class NoiseSchedule:
         if prediction_type not in get_args(PredictionType):
             allowed = ", ".join(get_args(PredictionType))
             raise InputError(f"scheduler_config: prediction_type={prediction_type!r} is not one of {allowed}")
-        betas = _betas(config)
+        try:
+            betas = _betas(config)
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"scheduler_config: the betas cannot be computed ({error}); correct its numbers"
+            ) from error
+        if betas.ndim != 1 or len(betas) < 2:
+            raise InputError(f"scheduler_config: there are {betas.size} betas; give two timesteps or more")
         if config.get("rescale_betas_zero_snr", False):
             betas = _rescale_zero_terminal_snr(betas)
         alphas_cumprod = np.cumprod(1.0 - betas)

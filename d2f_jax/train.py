@@ -9,6 +9,7 @@ result as a diffusers folder. Starting the same command again goes on from the n
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,20 +50,6 @@ def train(config: Config, workdir: Path) -> None:
     prior = load_prior(config)
     prior.noise(0, 1, config.data.image_size, config.data.image_size)  # refuses a size that the VAE does not divide
     pictures = ImageFolder(config.data.path) if config.data.source == "image_folder" else None
-    claim(workdir, config)
-    # Of one's own pictures only the captions are used in the evaluation, so nothing is held out.
-    source, held_out = (pictures, pictures) if pictures is not None else build_world(config.data, workdir)
-    batches = iter(
-        train_batches(
-            source,
-            prior.tokenize,
-            batch_size=config.train.batch_size,
-            image_size=config.data.image_size,
-            seed=config.seed,
-            random_flip=config.data.random_flip,
-            caption_dropout=config.data.caption_dropout,
-        )
-    )
     networks, frozen, trained = split(prior, config)
     optimizer = optim.adamw(
         learning_rate=config.train.learning_rate,
@@ -77,24 +64,40 @@ def train(config: Config, workdir: Path) -> None:
         convention=config.convention,
     )
     step = steps.make_train_step(networks, prior.schedule, optimizer, options)
+    claim(workdir, config)
+    # Of one's own pictures only the captions are used in the evaluation, so nothing is held out.
+    source, held_out = (pictures, pictures) if pictures is not None else build_world(config.data, workdir)
+    batches = iter(
+        train_batches(
+            source,
+            prior.tokenize,
+            batch_size=config.train.batch_size,
+            image_size=config.data.image_size,
+            seed=config.seed,
+            random_flip=config.data.random_flip,
+            caption_dropout=config.data.caption_dropout,
+        )
+    )
     state, frozen = jax.device_put((steps.init_state(trained, optimizer), frozen), sharding.replicated(mesh))
 
-    checkpoints = Checkpoints(
+    saved = Checkpoints(
         workdir / "checkpoints", every=config.train.checkpoint_every, keep=config.train.checkpoints_kept
     )
-    state = checkpoints.restore(state, batches)
-    with report.MetricsWriter(workdir) as writer:
+    with saved as checkpoints, report.MetricsWriter(workdir) as writer:
+        state = checkpoints.restore(state, batches)
         state = loop(config, step, state, frozen, batches, checkpoints, writer, mesh)
-        checkpoints.close()
         params = steps.unet_params(state.ema, frozen.unet, config.lora.scale)
-        with_unet(prior, params).save_pretrained(workdir / "export")
+        latent_size = config.data.image_size // prior.vae.config.downsampling
+        with_unet(prior, params, latent_size).save_pretrained(workdir / "export")
         # The optimizer's state replaced the prior's parameters in memory: they are read again to compare with.
         prior = load_prior(config)
-        finish(config, workdir, prior, with_unet(prior, params), held_out, writer)
+        finish(config, workdir, prior, with_unet(prior, params, latent_size), held_out, writer)
 
 
 def load_prior(config: Config) -> Pipeline:
-    return Pipeline.from_pretrained(config.model, variant=config.variant or None, dtype=config.compute_dtype)
+    return Pipeline.from_pretrained(
+        config.model, variant=config.variant or None, dtype=config.compute_dtype, convention=config.convention
+    )
 
 
 def loop(
@@ -117,19 +120,30 @@ def loop(
             batch = jax.device_put(next(batches), sharding.batch_split(mesh))
             state, now = step(state, frozen, batch, root_key)
             if pending and (pending[0] % config.train.log_every == 0 or n == first + 1):
-                values = {name: float(value) for name, value in pending[1].items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is {values['loss']} at step {pending[0]}")
+                values = fetched(*pending)
                 seconds, done = time.monotonic() - began, pending[0] - counted
                 began, counted = time.monotonic(), pending[0]
                 writer.write(pending[0], {**values, "images_per_second": done * size / seconds})
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             pending = (n + 1, now)
-            checkpoints.save(n + 1, state, batches, force=n + 1 == last)
+            if checkpoints.due(n + 1) or n + 1 == last:
+                fetched(*pending)  # what has diverged is neither saved nor exported
+                checkpoints.save(n + 1, state, batches)
             bar.update(size)
         if pending:
-            writer.write(pending[0], {name: float(value) for name, value in pending[1].items()})
+            writer.write(pending[0], fetched(*pending))
     return state
+
+
+def fetched(step: int, metrics: steps.Metrics) -> dict[str, float]:
+    """The metrics as numbers. Raises FloatingPointError if one is not finite."""
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} at step {step}; start again with a lower config.train.learning_rate or more warm-up"
+            )
+    return values
 
 
 def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:
@@ -144,9 +158,11 @@ def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen
     return networks, steps.Frozen(unet, vae, text_encoder), adapters
 
 
-def with_unet(pipeline: Pipeline, params: nnx.State) -> Pipeline:
-    """The same pipeline, compiled programs included, with other UNet parameters."""
-    return dataclasses.replace(pipeline, unet=nnx.merge(nnx.graphdef(pipeline.unet), params))
+def with_unet(pipeline: Pipeline, params: nnx.State, sample_size: int) -> Pipeline:
+    """The same pipeline, compiled programs included, with other UNet parameters that were trained at `sample_size`."""
+    unet = nnx.merge(nnx.graphdef(pipeline.unet), params)
+    unet.config = dataclasses.replace(unet.config, sample_size=sample_size)
+    return dataclasses.replace(pipeline, unet=unet)
 
 
 def finish(
@@ -195,6 +211,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     least = {"train.num_steps": 1, "train.log_every": 1, "train.checkpoint_every": 1, "train.checkpoints_kept": 1}
     least |= {"data.num_train": 1, "data.num_validation": 2, "eval.num_images": 2, "eval.batch_size": 1}
     least |= {"eval.grid_images": 1, "train.warmup_steps": 0, "data.caption_dropout": 0, "train.ema_decay": 0}
+    least |= {"train.learning_rate": 0, "train.weight_decay": 0, "train.max_grad_norm": 1e-9}
     most = {"data.caption_dropout": 1, "train.ema_decay": 1}
     for name, bound in least.items():
         section, key = name.split(".")
@@ -203,8 +220,9 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             raise InputError(f"config.{name}={value} is too small; use {bound} or more")
         if value > most.get(name, value):
             raise InputError(f"config.{name}={value} is too large; use {most[name]} or less")
-    if not config.eval.step_counts or min(config.eval.step_counts) < 1:
-        raise InputError(f"config.eval.step_counts={config.eval.step_counts}: give numbers of steps, each 1 or more")
+    counts = config.eval.step_counts
+    if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
+        raise InputError(f"config.eval.step_counts={counts}: give whole numbers of steps, each 1 or more")
     choices = {"convention": get_args(Convention), "compute_dtype": ("float32", "bfloat16")}
     for key, allowed in choices.items():
         if config[key] not in allowed:
@@ -225,7 +243,10 @@ def claim(workdir: Path, config: Config) -> None:
     """Makes `workdir` the run of `config`. Raises InputError if it cannot be written or belongs to another config."""
     file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
     if file.exists():
-        before, now = _flat(json.loads(file.read_text())), _flat(json.loads(text))
+        try:
+            before, now = _flat(json.loads(file.read_text())), _flat(json.loads(text))
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{file} is damaged ({error}); restore it or give another --workdir") from error
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differing:
             key = differing[0]
@@ -236,7 +257,9 @@ def claim(workdir: Path, config: Config) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        part = file.with_suffix(".part")
+        part.write_text(text)
+        part.replace(file)
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir") from error
 

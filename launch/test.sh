@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/install.sh
-# The CPU build by its exact version: an open range would bring gigabytes of CUDA libraries for a test that needs none.
+# By its exact version; a PyTorch that is already in .venv stays (CONTRIBUTING.md tells how to get the small CPU build).
 .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet 'torch==2.13.0'
 ./launch/install.sh test torch
 .venv/bin/ruff check .

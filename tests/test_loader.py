@@ -76,6 +76,12 @@ def test_the_seed_decides():
     assert ids(batches(), 6) != ids(batches(seed=6), 6)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_batches_of_one(count):
+    rows = [row for batch in ids(batches(Numbered(count), batch_size=1), 12) for row in batch]
+    assert [rows.count(i) for i in range(count)] == [12 // count] * count
+
+
 def test_fewer_pictures_than_a_batch():
     rows = [row for batch in ids(batches(Numbered(3), batch_size=7), 6) for row in batch]
     assert [rows.count(i) for i in range(3)] == [14, 14, 14]

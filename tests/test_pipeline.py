@@ -1,5 +1,6 @@
 """Sampling: PyTorch diffusers draws the same pictures from the same weights and noise."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_no_guidance_is_guidance_of_one(tiny: Pipeline) -> None:
 
 
 def test_an_export_replaces_an_earlier_one_and_is_whole(tiny: Pipeline, tmp_path: Path) -> None:
-    (tmp_path / "export" / "unet").mkdir(parents=True)
+    tiny.save_pretrained(tmp_path / "export")
     (tmp_path / "export" / "unet" / "stale.txt").write_text("x")
     tiny.save_pretrained(tmp_path / "export")
     assert not (tmp_path / "export" / "unet" / "stale.txt").exists()
@@ -90,9 +91,31 @@ def test_an_export_replaces_an_earlier_one_and_is_whole(tiny: Pipeline, tmp_path
     np.testing.assert_array_equal(again(PROMPTS, num_steps=2), tiny(PROMPTS, num_steps=2))
 
 
+def test_an_export_never_replaces_anything_else(tiny: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds no pipeline that could be replaced"):
+        tiny.save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_reference_convention_samples_otherwise(tiny: Pipeline) -> None:
+    reference = dataclasses.replace(tiny, convention="reference", _programs={})
+    one, other = (p(PROMPTS, num_steps=2, seed=3).astype(int) for p in (tiny, reference))
+    assert np.abs(one - other).max() > 1
+    assert np.abs(one - other).mean() < 5
+
+
 def test_refusals(tiny: Pipeline) -> None:
     with pytest.raises(InputError, match="num_steps=0"):
         tiny("a", num_steps=0)
+    with pytest.raises(InputError, match=r"num_steps=2\.5"):
+        tiny("a", num_steps=2.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="sampler='eulr'"):
+        tiny("a", sampler="eulr")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="1 prompts, but noise for 2"):
+        tiny("a", noise=tiny.noise(0, 2))
+    with pytest.raises(InputError, match="num_steps=1001: DDIM takes 1 to 1000"):
+        tiny("a", num_steps=1001, sampler="ddim")
     with pytest.raises(InputError, match="height=50 is not a multiple of 4"):
         tiny("a", height=50)
     with pytest.raises(InputError, match="no prompt"):

@@ -34,7 +34,7 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("--config.train.num_step=3", "num_step"),
+        ("--config.train.num_step=3", "no key 'num_step'"),
         ("--config.train.num_steps=many", "many"),
         ("--config.train.batch_size=0", "batch_size=0"),
         ("--config.model=no/where/at/all", "no/where/at/all"),
@@ -45,6 +45,7 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
         ("--config.compute_dtype=float7", "float7"),
         ("--config.data.caption_dropout=1.5", "caption_dropout=1.5"),
         ("--config.eval.step_counts=(1,0)", "step_counts=(1, 0)"),
+        ("--config.train.max_grad_norm=-1.0", "max_grad_norm=-1.0"),
         ("stray", "stray"),
     ],
 )
@@ -113,7 +114,7 @@ def test_empty_image_folder(tmp_path: Path) -> None:
         (["--prompt=a red cube"], "--model"),
         (["--model=tiny-sd", "--prompt_file=nowhere.txt"], "nowhere.txt"),
         (["--model=tiny-sd", "--prompt=a", "--out=no/folder/a.png"], "no/folder"),
-        (["--model=tiny-sd", "--prompt=a", "--out=a.jpeg2"], "'.jpeg2'"),
+        (["--model=tiny-sd", "--prompt=a", "--out=a.psd"], "'.psd'"),
         (["--model=tiny-sd", "--prompt=a", "--num_steps=0"], "num_steps=0"),
         (["--model=tiny-sd", "--prompt=a", "--batch_size=0"], "batch_size=0"),
         (["--model=tiny-sd", "--prompt=a", "--height=61"], "height=61"),

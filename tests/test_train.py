@@ -78,6 +78,7 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_workdir_holds_what_is_promised(finished: Path) -> None:
+    assert json.loads((finished / "export" / "unet" / "config.json").read_text())["sample_size"] == 8
     names = {p.name for p in finished.iterdir()}
     assert names == {
         "config.json",
@@ -135,19 +136,19 @@ def test_resumed_is_uninterrupted(
         return shrunk(quickstart.get_config(arg), model, **{"data.path": str(finished / "data")})
 
     train.train(config(), tmp_path / "straight")
-    save = Checkpoints.save
+    due = Checkpoints.due
 
-    def interrupted(self: Checkpoints, step: int, *rest: object, **options: object) -> None:
-        save(self, step, *rest, **options)  # pyright: ignore[reportArgumentType]
+    def interrupted(self: Checkpoints, step: int) -> bool:
         if step == 3:
-            self.close()
             raise KeyboardInterrupt
+        return due(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", interrupted)
+        patch.setattr(Checkpoints, "due", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.train(config(), tmp_path / "resumed")
     assert not (tmp_path / "resumed" / "export").exists()
+    assert {p.name for p in (tmp_path / "resumed" / "checkpoints").iterdir()} == {"2"}
     train.train(config(), tmp_path / "resumed")
     assert exported(tmp_path / "resumed") == exported(tmp_path / "straight")
     losses = {r["step"]: r["loss"] for r in lines(tmp_path / "straight")}
@@ -174,6 +175,26 @@ def test_a_folder_of_photographs(model: Path, tmp_path: Path) -> None:
     assert (workdir / "export" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     assert (workdir / "samples" / "before_and_after.png").exists()
     assert not (workdir / "scores.md").exists()
+
+
+def test_what_has_diverged_is_neither_saved_nor_exported(model: Path, finished: Path, tmp_path: Path) -> None:
+    changes = {"train.learning_rate": 1e30, "train.warmup_steps": 0, "data.path": str(finished / "data")}
+    with pytest.raises(FloatingPointError, match="at step"):
+        train.train(shrunk(quickstart.get_config(), model, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_refused_run_claims_no_workdir(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lora rank 999"):
+        train.train(shrunk(quickstart.get_config("lora"), model, **{"lora.rank": 999}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_config_is_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"seed":')
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
+        train.train(shrunk(quickstart.get_config(), model), tmp_path)
 
 
 def test_a_picture_that_breaks_off_stops_the_run(model: Path, tmp_path: Path) -> None:

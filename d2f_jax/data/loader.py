@@ -54,7 +54,7 @@ def train_batches(
             f"batch_size={batch_size} does not divide over {process_count} processes; use a multiple of {process_count}"
         )
     augment = _Augment(image_size, random_flip, caption_dropout)
-    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
+    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(_ENDLESS // len(source)).random_map(augment)
     # Sliced last: a row depends on its place in the global batch, not on the process that holds it.
     share = rows[process_index::process_count].batch(batch_size // process_count, batch_fn=_Collate(tokenize))
     batches = share.to_iter_dataset(_READ_AHEAD)
@@ -76,6 +76,7 @@ def fit_image(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, box))
 
 
+_ENDLESS = 2**40  # rows; with Grain's own endless repeat, batches of one overflow
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches; Grain's own 500 fill the memory
 
 
