@@ -33,7 +33,16 @@ def flow_samples(schedule: NoiseSchedule, grid: np.ndarray) -> np.ndarray:
     return np.asarray(sample(NOISE, grid))
 
 
-def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
+def euler_of_diffusers(scheduler_config: dict, grid: np.ndarray) -> np.ndarray:
+    euler = diffusers.EulerDiscreteScheduler(**scheduler_config, timestep_spacing="leading")
+    euler.set_timesteps(sigmas=sampling.diffusers_sigmas(grid))
+    x = torch.tensor(NOISE) * euler.init_noise_sigma
+    for tau in euler.timesteps:
+        x = euler.step(network(euler.scale_model_input(x, tau), tau), tau, x).prev_sample
+    return x.numpy()
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
@@ -42,24 +51,15 @@ def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None
 def test_euler_steps_are_those_of_diffusers(kind: str, num_steps: int) -> None:
     schedule = NoiseSchedule.from_config(config(SD, kind))
     grid = sampling.flow_grid(schedule, num_steps)
-    euler = diffusers.EulerDiscreteScheduler(**config(SD, kind), timestep_spacing="leading")
-    euler.set_timesteps(sigmas=sampling.diffusers_sigmas(grid))
-    x = torch.tensor(NOISE) * euler.init_noise_sigma
-    for tau in euler.timesteps:
-        x = euler.step(network(euler.scale_model_input(x, tau), tau), tau, x).prev_sample
-    close(flow_samples(schedule, grid), x.numpy())
+    assert_close(flow_samples(schedule, grid), euler_of_diffusers(config(SD, kind), grid))
 
 
 def test_euler_steps_with_zero_terminal_snr() -> None:
     schedule = NoiseSchedule.from_config(config(ZERO_SNR, "v_prediction"))
     grid = sampling.flow_grid(schedule, 5)
     assert grid[0] == 0
-    euler = diffusers.EulerDiscreteScheduler(**config(ZERO_SNR, "v_prediction"), timestep_spacing="leading")
-    euler.set_timesteps(sigmas=sampling.diffusers_sigmas(grid))
-    x = torch.tensor(NOISE) * euler.init_noise_sigma
-    for tau in euler.timesteps:
-        x = euler.step(network(euler.scale_model_input(x, tau), tau), tau, x).prev_sample
-    close(flow_samples(schedule, grid), x.numpy(), tolerance=1e-3)
+    theirs = euler_of_diffusers(config(ZERO_SNR, "v_prediction"), grid)
+    assert_close(flow_samples(schedule, grid), theirs, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -68,7 +68,9 @@ def test_euler_steps_are_ddim(kind: str, num_steps: int) -> None:
     schedule = NoiseSchedule.from_config(config(SD, kind))
     grid = sampling.flow_grid(schedule, num_steps)
     tau = alignment.diffusion_timestep(schedule, grid[:-1])
-    close(flow_samples(schedule, grid), np.asarray(sampling.ddim(schedule, network, jnp.asarray(NOISE), tau, 1.0)))
+    assert_close(
+        flow_samples(schedule, grid), np.asarray(sampling.ddim(schedule, network, jnp.asarray(NOISE), tau, 1.0))
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -93,7 +95,7 @@ def test_ddim_is_that_of_diffusers(kind: str, spacing: sampling.Spacing, to_one:
     for tau in theirs.timesteps:
         x = theirs.step(network(x, tau), tau, x).prev_sample
     final = 1.0 if to_one else schedule.alphas_cumprod[0]
-    close(np.asarray(sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, final)), x.numpy())
+    assert_close(np.asarray(sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, final)), x.numpy())
 
 
 def test_padding_changes_nothing() -> None:

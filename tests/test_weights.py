@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -152,7 +153,9 @@ def test_position_numbers_are_no_parameter(tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     ids = {"text_model.embeddings.position_ids": np.arange(12)[None]}
     safetensors.numpy.save_file(tensors | ids, folder / "model.safetensors")
-    load_text_encoder(folder)
+    assert sum(p.size for p in jax.tree.leaves(nnx.state(load_text_encoder(folder)))) == sum(
+        t.size for t in tensors.values()
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1000])
