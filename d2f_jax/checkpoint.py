@@ -1,51 +1,189 @@
-"""Checkpoints of the train state and the data iterator, written by Orbax while training goes on."""
+"""Checkpoints of the train state and the data's position, written by Orbax while training goes on.
 
+Orbax commits a checkpoint as a whole or not at all, but reads one back whose bytes have changed since without noticing.
+So each holds a seal, the sizes and checksums of its files, which is compared before anything is restored from it.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+
+from d2f_jax import distributed
+from d2f_jax.errors import InputError, SaveError
 
 State = TypeVar("State")
+Position = Mapping[str, Any]  # JSON: what the batches from here on depend on, beside the step
+
+_SEAL = "seal.json"
+_CHUNK = 1 << 24  # bytes read at once
 
 
 class Checkpoints:
-    """Saves every `every` steps into `folder`, keeps the newest `keep`, restores the newest."""
+    """Saves into `folder` every `every` steps and keeps the newest `keep`, besides every one of `keep_period` steps."""
 
-    def __init__(self, folder: Path, *, every: int, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._every = every
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def restore(self, state: State, batches: grain.DatasetIterator) -> State:
-        """The newest checkpoint, placed as `state` is, and `batches` set to go on from it; `state` if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return state
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), batches=grain.checkpoint.CheckpointRestore(batches)
+    def __init__(self, folder: Path, *, every: int, keep: int, keep_period: int | None = None) -> None:
+        self._folder, self._every, self._saving = folder.absolute(), every, 0
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_period,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # what a killed save has left would fill the disk
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
-        return restored["state"]
+
+    def restore(self, state: State) -> tuple[State, Position | None]:
+        """The newest checkpoint that is whole, each array placed as in `state`; `state` itself if there is none yet.
+
+        Damaged ones are reported and passed over, and deleted once an older one is restored. Raises InputError if there
+        are checkpoints and all of them are damaged; then none is deleted.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        faults = []
+        for step in steps:
+            fault = damage(self._folder / str(step)) if distributed.is_main() else None
+            if distributed.from_main(fault is None):
+                restored = self._restore(step, state)
+                self._delete(steps[: steps.index(step)])
+                return restored["state"], restored["position"]
+            faults.append(f"{step}: {fault}")
+            logging.error("checkpoint %s of %s is damaged and passed over: %s", step, self._folder, fault)
+        if faults:
+            raise InputError(
+                f"{self._folder}: no checkpoint is whole ({'; '.join(faults)}); put back a copy or give a new --workdir"
+            )
+        return state, None
 
     def due(self, step: int) -> bool:
         return step % self._every == 0
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
-        """Starts a save; a step that is already there is left alone."""
+    def save(self, step: int, state: Any, position: Position) -> None:
+        """Starts a save; a step that is already there is left alone. Raises SaveError if the one before failed."""
         if step == self._manager.latest_step():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), batches=grain.checkpoint.CheckpointSave(batches))
-        self._manager.save(step, args=args, force=True)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
+        try:
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Until the save under way is committed. Raises SaveError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Waits for the save under way, also when an error ends the run."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+    def _restore(self, step: int, state: Any) -> Any:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)
+
+    def _delete(self, steps: list[int]) -> None:
+        """Damaged checkpoints newer than the one in use: the run will come to these steps again."""
+        for step in steps:
+            self._manager.delete(step)
+
+    def _seal(self) -> None:
+        """Called by Orbax, in its thread, when all is written and before it is committed."""
+        if distributed.is_main():
+            for folder in self._folder.glob(f"{self._saving}*"):
+                if folder.name.partition(".")[0] == str(self._saving):
+                    (folder / _SEAL).write_text(json.dumps(_files(folder), indent=0))
+
+    def _failed(self, error: Exception) -> SaveError:
+        whole = max((step for step in self._manager.all_steps() if step != self._saving), default=None)
+        left = "there is none before it" if whole is None else f"that of step {whole} is whole"
+        return SaveError(
+            f"the checkpoint of step {self._saving} was not written to {self._folder} ({_reason(error)}); {left}; "
+            "mend it and start the same command again"
+        )
+
+
+def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
+    """Step and EMA parameters alone of the newest checkpoint in `folder`, placed as `like`.
+
+    Raises InputError if there is no checkpoint, the newest is damaged, or its parameters are not those of `like`.
+    """
+    folder = folder.absolute()
+    with ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
+    ) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{folder} holds no checkpoint; give the checkpoints/ of a finished or running workdir")
+        if fault := damage(folder / str(step)):
+            raise InputError(f"{folder / str(step)} is damaged: {fault}; put back a copy")
+        # Orbax would leave out what is not in both of them.
+        there, here = _shapes(manager.item_metadata(step)["state"]["ema"]), _shapes(like)
+        if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+            first = f"{differing[0]}: {there.get(differing[0], 'none')} there, {here.get(differing[0], 'none')} here"
+            raise InputError(f"{folder}: the parameters are not this run's ({first}); use its config")
+        abstract = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
+        return step, manager.restore(step, args=ocp.args.Composite(state=args))["state"]["ema"]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        sealed = json.loads((checkpoint / _SEAL).read_text())
+        found = _files(checkpoint)
+    except FileNotFoundError:
+        return f"{_SEAL} is missing"
+    except (OSError, ValueError) as error:
+        return f"{_SEAL} cannot be read ({_reason(error)})"
+    for name, (size, checksum) in sealed.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes instead of {size}"
+        if found[name][1] != checksum:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep=".").items()}
+
+
+def _files(checkpoint: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of the items' files; Orbax's own notes at the top change while it commits."""
+    files = [file for file in checkpoint.glob("*/**/*") if file.is_file() and file.name != "commit_success.txt"]
+    return {str(file.relative_to(checkpoint)): list(_size_and_checksum(file)) for file in sorted(files)}
+
+
+def _size_and_checksum(file: Path) -> tuple[int, int]:
+    size, checksum = 0, 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return size, checksum
+
+
+def _reason(error: Exception) -> str:
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore ends a long text of many paths
+    return os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]

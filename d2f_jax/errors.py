@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong."""
+"""The exceptions that a program ends with in one line, each with its exit code."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     Programs print the line and exit with code 2; nothing half written is left behind.
     """
+
+
+class SaveError(RuntimeError):
+    """Something could not be written; what was written before is whole. Exit code 1."""
+
+
+class Preempted(Exception):
+    """The run was told to make room and has saved: the same command goes on. Exit code 75, as for `sysexits.h`."""

@@ -90,6 +90,11 @@ def picture(comparison: Comparison, count: int, zoom: int) -> Image.Image:
     return report.labelled_grid(cells, comparison.names, _labels(comparison), notes=prompts, zoom=zoom)
 
 
+def zoom(comparison: Comparison) -> int:
+    """How much to enlarge pictures that are small to look at."""
+    return 2 if comparison.images[0][0].shape[1] <= 64 else 1
+
+
 def table(comparison: Comparison) -> str:
     """Fréchet distance / caption accuracy for each row and number of steps, in Markdown."""
     assert comparison.scores is not None, "a comparison without scores has no table"

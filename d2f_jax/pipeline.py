@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import CLIPTokenizer
 
-from d2f_jax import alignment, sampling, weights
+from d2f_jax import alignment, sampling, sharding, weights
 from d2f_jax.alignment import Convention
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
@@ -26,7 +27,7 @@ Sampler = Literal["flow", "ddim", "ddim_on_flow_grid"]
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A checkpoint in memory; calling it samples."""
+    """A checkpoint in memory; calling it samples. With a `mesh` (see `on_mesh`) every device takes its share."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -35,6 +36,7 @@ class Pipeline:
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
     convention: Convention = "exact"
+    mesh: Mesh | None = None
     _programs: dict[Any, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -82,6 +84,17 @@ class Pipeline:
             convention=convention,
         )
 
+    def on_mesh(self, mesh: Mesh) -> "Pipeline":
+        """The same pipeline with its parameters kept as `sharding.kept` has it, and images split over all devices.
+
+        With several processes each of them calls it, and the pipeline, alike; all of them get all images.
+        """
+        networks = {}
+        for name in ("unet", "vae", "text_encoder"):
+            graphdef, params = nnx.split(getattr(self, name))
+            networks[name] = nnx.merge(graphdef, sharding.put(params, sharding.kept(mesh, params)))
+        return dataclasses.replace(self, **networks, mesh=mesh, _programs={})
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads.
 
@@ -109,10 +122,10 @@ class Pipeline:
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
-    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """int32 [B, L], padded and cut to the model's length."""
-        ids = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="np").input_ids
-        return ids.astype(np.int32)
+    @property
+    def tokenize(self) -> weights.Tokenize:
+        """`tokenize(texts)` is int32 [B, L], padded and cut to the model's length."""
+        return weights.Tokenize(self.tokenizer)
 
     def noise(self, seed: int, count: int, height: int | None = None, width: int | None = None) -> jax.Array:
         """float32 [B, H, W, C] latent noise; image i of a seed is the same in every batch.
@@ -165,18 +178,22 @@ class Pipeline:
         guided = guidance_scale != 1
         if (sampler, guided) not in self._programs:
             self._programs[sampler, guided] = make_program(self, sampler, guided)
-        return np.asarray(
-            self._programs[sampler, guided](
-                nnx.state(self.unet),
-                nnx.state(self.vae),
-                nnx.state(self.text_encoder),
-                self.tokenize(prompts),
-                self.tokenize([negative_prompt]),
-                noise,
-                step_grid(self, sampler, num_steps),
-                jnp.float32(guidance_scale),
-            )
+        rows = self.tokenize(prompts), np.asarray(noise)
+        if self.mesh is not None:  # filled up to the same number for every device
+            extra = -len(prompts) % self.mesh.size
+            rows = tuple(np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]) for x in rows)
+            rows = sharding.put(rows, (sharding.batch_split(self.mesh),) * 2)
+        images = self._programs[sampler, guided](
+            nnx.state(self.unet),
+            nnx.state(self.vae),
+            nnx.state(self.text_encoder),
+            rows[0],
+            self.tokenize([negative_prompt]),
+            rows[1],
+            step_grid(self, sampler, num_steps),
+            np.float32(guidance_scale),
         )
+        return np.asarray(images)[: len(prompts)]
 
 
 def euler_config(scheduler_config: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +257,8 @@ def make_program(pipeline: Pipeline, sampler: Sampler, guided: bool) -> Callable
         images = vae.decode(latents / latent_scale).astype(jnp.float32)
         return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
-    return jax.jit(program)
+    # Gathered on every device, so that every process has all images.
+    return jax.jit(program, out_shardings=None if pipeline.mesh is None else sharding.replicated(pipeline.mesh))
 
 
 _MODEL_INDEX = {

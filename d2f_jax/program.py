@@ -1,31 +1,75 @@
 """How every program starts and ends: flags in, exit code out."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from d2f_jax.errors import InputError
+from d2f_jax import distributed
+from d2f_jax.errors import InputError, Preempted, SaveError
 
 Config = Any  # a locked ConfigDict: what its attributes are, only the file in configs/ knows
 
 
+EXIT_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 75, 130
+
+
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`. Bad flags and InputError end with one line and exit code 2, divergence 1."""
-    app.run(lambda _: _guarded(main), flags_parser=_parse)
+    """Parses the flags, joins the run's other processes if there are any, and calls `main`.
+
+    Exit codes: 0 done, 1 failed, 2 bad flags or input, 75 preempted after a save; 2, 75 and what is foreseen of 1 end
+    with one line.
+    """
+    app.run(lambda _: _exit(_guarded(main)), flags_parser=_parse)
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(main: Callable[[], None]) -> int:
     try:
+        distributed.initialize()
+        _keep_compiled()
         main()
+        return 0
     except InputError as error:
-        _refuse(error)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return _told(error, EXIT_INPUT)
+    except Preempted as error:
+        return _told(error, EXIT_PREEMPTED)
+    except (FloatingPointError, SaveError) as error:
+        return _told(error, 1)
+    except KeyboardInterrupt:
+        return _told(InputError("interrupted; the same command goes on from the newest checkpoint"), EXIT_INTERRUPTED)
+    except Exception as error:
+        if not _several():
+            raise
+        traceback.print_exc()
+        place = f"process {jax.process_index()} of {jax.process_count()}"
+        hint = "if it is about a connection, another process is gone; start the same command again on all hosts"
+        return _told(RuntimeError(f"{type(error).__name__} in {place}: {hint}"), 1)
+
+
+def _keep_compiled() -> None:
+    """What was compiled once is found again by the next start, unless JAX_COMPILATION_CACHE_DIR names another place."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache, "d2f_jax", "compiled")))
+
+
+def _exit(code: int) -> None:
+    if code and _several():
+        # The others may be gone or wait for this one: no ceremony of leaving that waits for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -55,9 +99,15 @@ def _check_config_file() -> None:
 
 
 def _refuse(error: Exception) -> None:
-    kind = "" if isinstance(error, InputError | flags.Error) else f"{type(error).__name__}: "
+    sys.exit(_told(error, EXIT_INPUT))
+
+
+def _told(error: Exception, code: int) -> int:
+    """Prints the one line."""
+    expected = isinstance(error, InputError | Preempted | FloatingPointError | RuntimeError | flags.Error)
+    kind = "" if expected else f"{type(error).__name__}: "
     text = str(error).strip()
     if "Traceback" in text:  # of a config file that failed, in absl's message: its last line says why
         text = text.splitlines()[-1]
-    print(f"error: {kind}{' '.join(text.split())}", file=sys.stderr)
-    sys.exit(2)
+    print(f"{'stopped' if code == EXIT_PREEMPTED else 'error'}: {kind}{' '.join(text.split())}", file=sys.stderr)
+    return code

@@ -1,30 +1,57 @@
 """What a run tells people: metrics as lines and curves, samples as labelled pictures, scores as a table."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
 
+from d2f_jax.errors import InputError
+
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard event files in `workdir`."""
+    """Appends to `metrics.jsonl` and to TensorBoard event files in `workdir`, and to Weights & Biases if asked.
 
-    def __init__(self, workdir: Path) -> None:
-        self._lines = (workdir / "metrics.jsonl").open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"))
+    A run that goes on from `step` writes again what it had written after it: those lines are dropped first. A line of
+    `step` itself that is there already is not written twice. Only the main process of a run writes; in the others
+    nothing happens.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, main: bool = True, wandb_project: str = "") -> None:
+        self._sinks: list[Any] = []
+        if not main:
+            return
+        self._lines, self._told = _reopened(workdir / "metrics.jsonl", step)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._sinks = [self._lines, self._events]
+        self._wandb = _wandb_run(workdir, wandb_project) if wandb_project else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        if not self._sinks:
+            return
+        line = json.dumps({"step": step, **values})
+        if line in self._told:
+            return
+        self._lines.write(line + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
+        if not self._sinks:
+            return
         self._events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({name: wandb.Image(picture)}, step=step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -32,8 +59,34 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
-        self._events.close()
+        for sink in self._sinks:
+            sink.close()
+        if self._sinks and self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def _reopened(file: Path, step: int) -> tuple[TextIO, list[str]]:
+    """The file of lines, ready to go on after `step`, and those of `step`: later ones go, and what a kill has torn."""
+    kept = []
+    if file.exists():
+        steps = {line: json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]}
+        kept = [line for line in steps if steps[line] <= step]
+        part = file.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept))
+        part.replace(file)
+    return file.open("a"), [line for line in kept if json.loads(line)["step"] == step]
+
+
+def _wandb_run(workdir: Path, project: str) -> Any:
+    """The workdir's run, gone on with after a restart. Raises InputError if the package is not installed."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("config.wandb_project needs Weights & Biases: ./launch/install.sh wandb") from error
+    config = json.loads((workdir / "config.json").read_text())
+    name = str(workdir.absolute())
+    run_id = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return wandb.init(project=project, dir=workdir, name=workdir.name, id=run_id, resume="allow", config=config)
 
 
 def tile(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:

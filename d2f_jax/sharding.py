@@ -1,28 +1,177 @@
-"""Where arrays live: one mesh over all local devices, parameters replicated, batches split."""
+"""Where arrays live: a mesh of two axes, one rule for everything that is kept, one for what passes through.
+
+Batches are split over both axes. What is kept from step to step (parameters, optimizer state, their average, and the
+frozen networks) is split over `fsdp` and whole along `data`; a step gathers parameters as it needs them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from d2f_jax.errors import InputError
 
+Tree = TypeVar("Tree")
 
-def make_mesh() -> Mesh:
-    devices = np.array(jax.local_devices())
-    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Axes `data` and `fsdp` over `devices` (all there are); one of the sizes may be -1, which takes what is left.
+
+    Neighbours in `fsdp`, which exchange most, are neighbours in the chips' network. With several slices, `data` alone
+    spans them. Raises InputError for sizes that the devices do not have.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, fsdp = _filled(data, fsdp, len(devices))
+    if data % slices:
+        raise InputError(
+            f"config.mesh.fsdp={fsdp} reaches over {slices} slices of {len(devices) // slices} devices; "
+            f"use a divisor of {len(devices) // slices}"
+        )
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+    else:
+        array = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(array, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, P())
 
 
 def batch_split(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError unless every device gets the same number of examples."""
-    if batch_size < 1 or batch_size % mesh.size:
+def kept(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for every array of `tree`: its longest axis that `fsdp` divides (the last of equals) is split."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, _spec(np.shape(x), mesh.shape["fsdp"])), tree)
+
+
+def unsplit(mesh: Mesh, tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path and shape of the arrays that no axis can be split of, and which every device therefore keeps whole.
+
+    Single numbers are not listed.
+    """
+    size = mesh.shape["fsdp"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    whole = {_name(path): np.shape(x) for path, x in leaves if np.size(x) > 1 and _spec(np.shape(x), size) == P()}
+    return whole if size > 1 else {}
+
+
+def gathered(mesh: Mesh, params: Tree) -> Tree:
+    """Under jit: parameters whole on every device. Their gradient comes back as a sum that is split over `fsdp`."""
+
+    @jax.custom_vjp
+    def whole(params: Tree) -> Tree:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+    def backward(_: None, grads: Tree) -> tuple[Tree]:
+        return (jax.lax.with_sharding_constraint(grads, kept(mesh, grads)),)
+
+    whole.defvjp(lambda params: (whole(params), None), backward)
+    return whole(params)
+
+
+def split_rows(mesh: Mesh, tree: Tree) -> Tree:
+    """Under jit: arrays [B, ...] divided over all devices."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_split(mesh)), tree)
+
+
+def parts(mesh: Mesh, tree: Tree, count: int) -> Tree:
+    """Under jit: arrays [B, ...] as [count, B / count, ...]; each device's rows are dealt out, so that none move."""
+
+    def deal(x: jax.Array) -> jax.Array:
+        dealt = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(dealt, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+
+    return jax.tree.map(deal, tree)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole become global ones; each device receives its part only."""
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(x))
+            whole = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
+            return jax.random.wrap_key_data(whole, impl=jax.random.key_impl(x))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays, whole, in every process; one array at a time passes through the devices."""
+
+    def fetch(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this process feeds to its devices, in rising order."""
+    indices = batch_split(mesh).addressable_devices_indices_map((batch_size,))
+    rows = [np.arange(batch_size)[index[0]] for index in indices.values() if index is not None]
+    return np.unique(np.concatenate(rows))
+
+
+def put_rows(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """The global batch of `batch_size` rows, from the arrays [B', ...] of this process's `local_rows`."""
+    sharding, rows = batch_split(mesh), local_rows(mesh, batch_size)
+
+    def place(local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return {name: place(local) for name, local in batch.items()}
+
+
+def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises InputError unless every device gets the same number of examples, in each of the parts of a step."""
+    parts = mesh.size * accumulate
+    if batch_size < 1 or batch_size % parts:
+        times = f" x {accumulate} parts (config.train.accumulate)" if accumulate > 1 else ""
         raise InputError(
-            f"batch_size={batch_size} does not divide over {mesh.size} devices; use a multiple of {mesh.size}"
+            f"batch_size={batch_size} does not divide over {mesh.size} devices{times}; use a multiple of {parts}"
         )
+
+
+def _filled(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    sizes = {"config.mesh.data": data, "config.mesh.fsdp": fsdp}
+    if data == -1 and fsdp > 0:
+        data = count // fsdp
+    elif fsdp == -1 and data > 0:
+        fsdp = count // data
+    if data < 1 or fsdp < 1 or data * fsdp != count:
+        told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(f"{told} make no mesh of {count} devices; let one be -1 and the other divide {count}")
+    return data, fsdp
+
+
+def _spec(shape: tuple[int, ...], size: int) -> P:
+    splittable = [axis for axis, length in enumerate(shape) if length >= size and length % size == 0]
+    if size == 1 or not splittable:
+        return P()
+    chosen = max(splittable, key=lambda axis: (shape[axis], axis))
+    return P(*(None,) * chosen, "fsdp")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    return ".".join(names).removesuffix(".value")  # of a variable of Flax

@@ -2,19 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from d2f_jax import flow, lora, objectives, optim
+from d2f_jax import flow, lora, objectives, optim, sharding
 from d2f_jax.alignment import Convention
+from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.schedule import NoiseSchedule
 
-Batch = dict[str, jax.Array]  # image_BxHxWx3 in [-1, 1], input_ids_BxL
+Batch = dict[str, jax.Array]
+"""image_BxHxWx3 uint8 or latent_mean_BxHxWxC (perhaps latent_std alike); input_ids_BxL or text_states_BxLxD.
+
+With weight_B, 1 for an example and 0 for a row that could not be read, and perhaps noise_BxHxWxC.
+"""
 Metrics = dict[str, jax.Array]
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,27 +46,52 @@ class Frozen:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`trained` is the UNet's parameters or its LoRA adapters; `ema` and the optimizer hold no others."""
+    """All that a run goes on from.
+
+    `trained` is the UNet's parameters or its LoRA adapters; `ema` and the optimizer hold no others. Counted from the
+    start: `skipped_steps`, and `bad_examples` that could not be read; `bad_streak` is the skipped steps in a row.
+    """
 
     step: jax.Array
     trained: Any
     ema: Any
     opt_state: optax.OptState
+    root_key: jax.Array
+    skipped_steps: jax.Array
+    bad_streak: jax.Array
+    bad_examples: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """`latent_scale` is the VAE's scaling factor, `lora_scale` the adapters' output scale."""
+    """`latent_scale` is the VAE's scaling factor, `lora_scale` the adapters' output scale.
+
+    The batch is worked through in `accumulate` parts, whose gradients add up to that of the whole.
+    """
 
     latent_scale: float
-    ema_decay: float
     lora_scale: float
     convention: Convention
+    compute_dtype: str
+    ema_decay: float
+    ema_start: int
+    accumulate: int
 
 
-def init_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The randomness of a step, drawn for the whole batch: the parts it is worked through in do not matter."""
+
+    posterior_noise: jax.Array
+    x_0: jax.Array
+    t_B: jax.Array
+
+
+def init_state(trained: Any, optimizer: optax.GradientTransformation, root_key: jax.Array) -> TrainState:
     # The average is a copy: the step donates its state, and a buffer can be donated only once.
-    return TrainState(jnp.zeros((), jnp.int32), trained, jax.tree.map(jnp.copy, trained), optimizer.init(trained))
+    zeros = [jnp.zeros((), jnp.int32) for _ in range(4)]
+    return TrainState(zeros[0], trained, jax.tree.map(jnp.copy, trained), optimizer.init(trained), root_key, *zeros[1:])
 
 
 def unet_params(trained: Any, base: nnx.State | None, lora_scale: float) -> nnx.State:
@@ -67,34 +99,120 @@ def unet_params(trained: Any, base: nnx.State | None, lora_scale: float) -> nnx.
     return trained if base is None else lora.merge(base, trained, scale=lora_scale)
 
 
-def make_train_step(
-    networks: Networks, schedule: NoiseSchedule, optimizer: optax.GradientTransformation, options: StepOptions
-) -> Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """`step(state, frozen, batch, root_key) -> (state, metrics)`; the first argument is donated.
+def make_loss(
+    networks: Networks, schedule: NoiseSchedule, options: StepOptions, mesh: Mesh
+) -> Callable[[nnx.State, Frozen, Batch, Draws], jax.Array]:
+    """`loss(unet_params, frozen, batch, draws) -> [B]`, with parameters gathered inside: gradients come back split."""
 
-    Randomness comes from `fold_in(root_key, state.step)`, so a resumed run draws what an uninterrupted one would have.
+    def whole(params: nnx.State) -> nnx.State:
+        return sharding.gathered(mesh, in_compute_dtype(params, options.compute_dtype))
+
+    def loss(params: nnx.State, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
+        unet = nnx.merge(networks.unet, whole(params))
+        mean, std, text_BxLxD = encoded(networks, frozen, batch, whole)
+        x_1 = (mean + std * draws.posterior_noise) * options.latent_scale
+
+        def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
+            return unet(dm_x, tau_B, text_BxLxD)
+
+        return objectives.diff2flow(schedule, predict, x_1, draws.x_0, draws.t_B, options.convention)
+
+    return loss
+
+
+def make_train_step(
+    networks: Networks,
+    schedule: NoiseSchedule,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+    mesh: Mesh,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
+    """`step(state, frozen, batch) -> (state, metrics)`; the first argument is donated.
+
+    Randomness comes from `fold_in(root_key, step)` and is drawn for the global batch: neither an interruption nor the
+    number of devices or processes changes it. A step whose loss or gradient is not finite changes nothing but counters.
     """
 
-    def step(state: TrainState, frozen: Frozen, batch: Batch, root_key: jax.Array) -> tuple[TrainState, Metrics]:
-        latent_key, noise_key, time_key = jax.random.split(jax.random.fold_in(root_key, state.step), 3)
-        text_BxLxD = nnx.merge(networks.text_encoder, frozen.text_encoder)(batch["input_ids"])
-        x_1 = nnx.merge(networks.vae, frozen.vae).encode(batch["image"]).sample(latent_key) * options.latent_scale
-        x_0 = jax.random.normal(noise_key, x_1.shape)
-        t_B = flow.sample_times(time_key, x_1.shape[:1])
+    loss = make_loss(networks, schedule, options, mesh)
 
-        def loss_fn(trained: Any) -> jax.Array:
-            unet = nnx.merge(networks.unet, unet_params(trained, frozen.unet, options.lora_scale))
+    def summed_loss(trained: Any, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
+        loss_B = loss(unet_params(trained, frozen.unet, options.lora_scale), frozen, batch, draws)
+        return jnp.sum(loss_B * batch["weight"])
 
-            def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
-                return unet(dm_x, tau_B, text_BxLxD)
-
-            return objectives.diff2flow(schedule, predict, x_1, x_0, t_B, options.convention).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(state.trained)
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        examples = jnp.sum(batch["weight"])
+        draws = sharding.split_rows(mesh, draw(jax.random.fold_in(state.root_key, state.step), networks, frozen, batch))
+        batch = batch | {"weight": batch["weight"] / jnp.maximum(examples, 1)}
+        mean_loss, grads = accumulated(
+            lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
+            sharding.parts(mesh, (batch, draws), options.accumulate),
+        )
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        ema = optim.ema_update(state.ema, trained, optim.ema_decay(state.step, options.ema_decay))
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, trained, ema, opt_state), metrics
+        decay = optim.ema_decay(state.step, options.ema_decay, options.ema_start)
+        ema = optim.ema_update(state.ema, trained, decay)
+        # A batch without a readable example has a loss of 0 and teaches nothing: it counts as a bad step too.
+        good = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & (examples > 0)
+        kept = [state.trained, state.ema, state.opt_state]
+        new = jax.tree.map(lambda n, o: jnp.where(good, n, o), [trained, ema, opt_state], kept)
+        bad = 1 - good.astype(jnp.int32)
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            trained=new[0],
+            ema=new[1],
+            opt_state=new[2],
+            skipped_steps=state.skipped_steps + bad,
+            bad_streak=(state.bad_streak + 1) * bad,
+            bad_examples=state.bad_examples + len(batch["weight"]) - examples.astype(jnp.int32),
+        )
+        counters = {name: getattr(state, name) for name in ("skipped_steps", "bad_streak", "bad_examples")}
+        return state, {"loss": mean_loss, "grad_norm": grad_norm, **counters}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def encoded(
+    networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[nnx.State], nnx.State]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and standard deviation of the unscaled latents [B, H, W, C] and the text's states [B, L, D], float32.
+
+    Each is computed from pictures or captions, or taken from a batch that brings it. `whole` gathers parameters.
+    """
+    if "text_states" in batch:
+        text_BxLxD = batch["text_states"].astype(jnp.float32)
+    else:
+        text_BxLxD = nnx.merge(networks.text_encoder, whole(frozen.text_encoder))(batch["input_ids"])
+    if "latent_mean" in batch:
+        mean = batch["latent_mean"].astype(jnp.float32)
+        std = batch["latent_std"].astype(jnp.float32) if "latent_std" in batch else jnp.zeros_like(mean)
+        return mean, std, text_BxLxD
+    image = batch["image"].astype(jnp.float32) / 127.5 - 1
+    latent = nnx.merge(networks.vae, whole(frozen.vae)).encode(image)
+    return latent.mean, latent.std, text_BxLxD
+
+
+def draw(key: jax.Array, networks: Networks, frozen: Frozen, batch: Batch) -> Draws:
+    """For the whole batch; noise that comes with it is taken instead of drawn."""
+    posterior_key, noise_key, time_key = jax.random.split(key, 3)
+    shape = latent_shape(networks, frozen, batch)
+    x_0 = batch["noise"] if "noise" in batch else jax.random.normal(noise_key, shape)
+    return Draws(jax.random.normal(posterior_key, shape), x_0, flow.sample_times(time_key, shape[:1]))
+
+
+def latent_shape(networks: Networks, frozen: Frozen, batch: Batch) -> tuple[int, ...]:
+    return jax.eval_shape(lambda f, b: encoded(networks, f, b, lambda params: params)[0], frozen, batch).shape
+
+
+def accumulated(compute: Callable[..., Tree], parts: Any) -> Tree:
+    """The sum of `compute(*part)` over the leading axis of `parts`, one at a time."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        return compute(*first)
+
+    def add(total: Tree, part: Any) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, compute(*part)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *first))
+    return jax.lax.scan(add, zeros, parts)[0]

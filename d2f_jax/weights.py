@@ -8,7 +8,7 @@ in both directions and is strict.
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,6 +100,17 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -
         return CLIPTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no tokenizer that loads: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """`tokenize(texts) -> int32 [B, L]`, padded and cut to the model's length; travels to worker processes."""
+
+    tokenizer: CLIPTokenizer
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        ids = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="np").input_ids
+        return ids.astype(np.int32)
 
 
 def load_scheduler_config(path_or_hub_id: str | Path, *, revision: str | None = None) -> dict[str, Any]:

@@ -10,9 +10,10 @@ LAYERS = [
     {"errors"},
     {"schedule", "flow", "alignment", "sampling"},
     {"models", "lora"},
-    {"objectives", "optim", "step", "sharding"},
-    {"weights", "data", "checkpoint", "metrics", "report"},
-    {"pipeline", "program", "evaluate", "train", "sample"},
+    {"chips", "distributed", "objectives", "optim", "sharding", "step", "validation"},
+    {"checkpoint", "data", "metrics", "report", "weights"},
+    {"pipeline"},
+    {"datasets", "evaluate", "prepare", "prior", "program", "sample", "settings", "train", "watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

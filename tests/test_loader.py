@@ -1,19 +1,28 @@
-"""The loader: reproducible, resumable, the same global batch for any number of processes and workers."""
+"""The loader: a row depends on its place in the data alone, and what cannot be read is never another example."""
 
-import grain
+import dataclasses
+import multiprocessing
+import pickle
+
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from d2f_jax.data.loader import fit_image, train_batches
+from d2f_jax.data import order
+from d2f_jax.data.fit import fit_depth, fit_image
+from d2f_jax.data.loader import train_batches
+from d2f_jax.data.sources import held_out
 from d2f_jax.errors import InputError
 
 
+@dataclasses.dataclass(frozen=True)
 class Numbered:
-    """Example i is a picture of the grey level i, brighter to the right, with the caption `i`."""
+    """Example i is a picture of the grey level i + `first`, brighter to the right, with the caption `i + first`."""
 
-    def __init__(self, count: int, size: int = 8):
-        self.count, self.size = count, size
+    count: int
+    size: int = 8
+    first: int = 0
+    depth: bool = False
+    noise: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -21,13 +30,58 @@ class Numbered:
     def __getitem__(self, index: int):
         if index >= self.count:
             raise IndexError(index)
-        row = np.arange(self.size, dtype=np.uint8) + index
-        return {"image": np.broadcast_to(row[None, :, None], (self.size, self.size, 3)), "text": str(index)}
+        columns = np.arange(self.size, dtype=np.uint8) + self.first + index
+        plane = np.broadcast_to(columns, (self.size, self.size))
+        example = {"image": np.repeat(plane[..., None], 3, -1), "text": str(self.first + index)}
+        if self.depth:
+            example["depth"] = plane.astype(np.float32)
+        if self.noise:
+            example["noise"] = np.repeat(plane[:4, :4, None], 4, -1).astype(np.float32)
+        return example
 
 
-class Damaged(Numbered):
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Example i has the latent i, brighter to the right, and text states i + 1."""
+
+    count: int
+    with_std: bool = True
+    text_states: bool = True
+    size: int = 4
+
+    def __len__(self) -> int:
+        return self.count
+
     def __getitem__(self, index: int):
-        raise InputError("x.png does not decode")
+        columns = np.arange(self.size, dtype=np.float16) / 8 + index
+        latent = np.broadcast_to(columns[None, :, None], (self.size, self.size, 4))
+        example = {"latent_mean": latent, "text": str(index), "noise": -latent.astype(np.float32)}
+        if self.with_std:
+            example["latent_std"] = latent / 2
+        if self.text_states:
+            example["text_states"] = np.full((3, 2), index + 1, np.float16)
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged(Numbered):
+    """Every third example is broken, in one of three ways."""
+
+    def __getitem__(self, index: int):
+        if index % 3 == 1:
+            match index % 9:
+                case 1:
+                    raise InputError(f"{index}.png does not decode")
+                case 4:
+                    raise FileNotFoundError(f"{index}.png is gone")
+                case _:
+                    return {"text": "a caption alone"}
+        return super().__getitem__(index)
+
+
+class Broken(Numbered):
+    def __getitem__(self, index: int):
+        raise InputError(f"{index}.png does not decode")
 
 
 def tokenize(texts) -> np.ndarray:
@@ -35,9 +89,13 @@ def tokenize(texts) -> np.ndarray:
     return np.array([[int(text or -1)] * 2 for text in texts])
 
 
-def batches(source=None, **changes):
+RANDOM = {"random_flip": True, "caption_dropout": 0.3, "crop": "random"}
+MIXED = (Numbered(10), Numbered(7, first=50), Numbered(3, first=100))
+
+
+def batches(*sources, **changes):
     options = {"batch_size": 4, "image_size": 8, "seed": 5}
-    return train_batches(Numbered(10) if source is None else source, tokenize, **{**options, **changes})
+    return train_batches(sources or (Numbered(10),), tokenize, **{**options, **changes})
 
 
 def ids(iterator, steps: int) -> list[list[int]]:
@@ -45,26 +103,41 @@ def ids(iterator, steps: int) -> list[list[int]]:
 
 
 def assert_same(a, b) -> None:
-    np.testing.assert_array_equal(a["image"], b["image"])
-    np.testing.assert_array_equal(a["input_ids"], b["input_ids"])
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name])
 
 
-def test_a_batch_has_the_promised_shapes_and_range():
-    batch = next(batches(Numbered(10, size=8), image_size=4))
-    assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.float32
+def test_a_batch_has_the_promised_shapes():
+    batch = next(batches(Numbered(10, depth=True, noise=True), image_size=4))
+    assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.uint8
+    assert batch["depth"].shape == (4, 4, 4) and batch["depth"].dtype == np.float32
+    assert batch["noise"].shape == (4, 4, 4, 4) and batch["noise"].dtype == np.float32
     assert batch["input_ids"].shape == (4, 2) and batch["input_ids"].dtype == np.int32
-    black_and_white = next(
-        batches([{"image": np.array([[[0] * 3, [255] * 3]] * 2, np.uint8), "text": "1"}], image_size=2)
-    )
-    assert black_and_white["image"].min() == -1 and black_and_white["image"].max() == 1
+    assert batch["weight"].tolist() == [1, 1, 1, 1] and batch["weight"].dtype == np.float32
+    assert batch["damaged"] == ()
+
+
+@pytest.mark.parametrize("with_std", [False, True])
+@pytest.mark.parametrize("text_states", [False, True])
+def test_prepared_examples_keep_their_arrays(with_std, text_states):
+    batch = next(batches(Prepared(10, with_std, text_states)))
+    text = "text_states" if text_states else "input_ids"
+    assert set(batch) == {"latent_mean", "noise", "weight", "damaged", text} | ({"latent_std"} if with_std else set())
+    index = batch["latent_mean"][:, 0, 0, 0]
+    assert batch["latent_mean"].shape == (4, 4, 4, 4) and batch["latent_mean"].dtype == np.float16
+    np.testing.assert_array_equal(batch["noise"], -batch["latent_mean"].astype(np.float32))
+    np.testing.assert_array_equal(batch[text].reshape(4, -1)[:, 0], index + 1 if text_states else index)
 
 
 def test_pictures_keep_their_captions():
     for _, batch in zip(range(5), batches(), strict=False):
-        np.testing.assert_allclose((batch["image"][:, 0, 0, 0] + 1) * 127.5, batch["input_ids"][:, 0], atol=1e-3)
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["input_ids"][:, 0])
 
 
-def test_every_epoch_holds_everything_once_in_another_order():
+@pytest.mark.parametrize("few", [0, 5000])  # below it the order is our own, else Grain's
+def test_every_epoch_holds_everything_once_in_another_order(few, monkeypatch):
+    monkeypatch.setattr(order, "_FEW", few)
     rows = [row for batch in ids(batches(batch_size=5), 8) for row in batch]
     epochs = [rows[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -87,44 +160,135 @@ def test_fewer_pictures_than_a_batch():
     assert [rows.count(i) for i in range(3)] == [14, 14, 14]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_processes_share_the_global_batch(count):
-    options = {"batch_size": 8, "random_flip": True, "caption_dropout": 0.3}
-    whole = batches(**options)
-    parts = [batches(**options, process_index=p, process_count=count) for p in range(count)]
+def test_a_mixture_has_its_shares_and_every_source_its_epochs():
+    rows = [row for batch in ids(batches(*MIXED, weights=(6, 3, 1), batch_size=10), 14) for row in batch]
+    parts = [[row for row in rows if low <= row < low + 50] for low in (0, 50, 100)]
+    assert [len(part) for part in parts] == [84, 42, 14]
+    assert all(sorted(parts[0][i : i + 10]) == list(range(10)) for i in range(0, 80, 10))
+    assert all(sorted(parts[1][i : i + 7]) == list(range(50, 57)) for i in range(0, 42, 7))
+    equal = [row for batch in ids(batches(*MIXED, batch_size=6), 10) for row in batch]
+    assert [sum(low <= row < low + 50 for row in equal) for low in (0, 50, 100)] == [20, 20, 20]
+
+
+def test_equal_sources_are_not_shuffled_alike():
+    rows = np.array(ids(batches(Numbered(20), Numbered(20, first=50), batch_size=40), 1)[0])
+    assert rows[rows < 50].tolist() != (rows[rows >= 50] - 50).tolist()
+
+
+@pytest.mark.parametrize("sources", [(Numbered(10, size=13),), MIXED, (Prepared(10, text_states=False),)])
+@pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[0, 3], [1, 2, 4], [5]], [[1, 4], [0, 5], [2, 3]]])
+def test_the_processes_share_the_global_batch(sources, split):
+    options = {**RANDOM, "batch_size": 6}
+    if isinstance(sources[0], Prepared):
+        options["crop"] = "center"
+    whole = batches(*sources, **options)
+    parts = [batches(*sources, **options, rows=rows) for rows in split]
     for _ in range(4):
-        one, many = next(whole), [next(part) for part in parts]
-        for p, share in enumerate(many):
-            assert_same(share, {key: value[p::count] for key, value in one.items()})
+        one = next(whole)
+        for rows, part in zip(split, parts, strict=True):
+            expected = {k: v if k == "damaged" else v[rows] for k, v in one.items()}
+            assert_same(next(part), expected)
 
 
-def test_resumes_in_the_middle_of_an_epoch_through_orbax(tmp_path):
-    options = {"random_flip": True, "caption_dropout": 0.3}
-    straight, interrupted = batches(**options), batches(**options)
-    for _ in range(3):
-        next(straight), next(interrupted)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(interrupted)))
-        manager.wait_until_finished()
-        resumed = batches(**options)
-        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+@pytest.mark.parametrize("sources", [(Numbered(10),), MIXED])
+@pytest.mark.parametrize("first", [1, 3, 100])
+def test_beginning_later_is_skipping_batches(sources, first):
+    straight = batches(*sources, **RANDOM)
+    for _ in range(first):
+        next(straight)
+    resumed = batches(*sources, **RANDOM, first_batch=first)
+    split = [batches(*sources, **RANDOM, first_batch=first, rows=rows) for rows in ([0, 2], [1, 3])]
     for _ in range(5):
-        assert_same(next(straight), next(resumed))
+        expected = next(straight)
+        assert_same(next(resumed), expected)
+        even, odd = (next(part)["input_ids"] for part in split)
+        np.testing.assert_array_equal(np.stack([even, odd], 1).reshape(4, 2), expected["input_ids"])
 
 
-def test_worker_processes_change_nothing():
-    options = {"random_flip": True, "caption_dropout": 0.3}
-    alone, helped = batches(**options), batches(**options, num_workers=2)
+def test_beginning_later_takes_no_time():
+    assert next(batches(first_batch=10**9))["image"].shape == (4, 8, 8, 3)
+
+
+@pytest.mark.parametrize("sources", [(Numbered(10),), MIXED])
+def test_worker_processes_change_nothing(sources):
+    options = {**RANDOM, "first_batch": 3}
+    alone, helped = batches(*sources, **options), batches(*sources, **options, num_workers=2, read_ahead=1)
+    part = batches(*sources, **options, rows=[1, 2], num_workers=1)
     for _ in range(4):
-        assert_same(next(alone), next(helped))
+        expected = next(alone)
+        assert_same(next(helped), expected)
+        np.testing.assert_array_equal(next(part)["image"], expected["image"][1:3])
     helped.close()
+    part.close()
+    assert not multiprocessing.active_children()
 
 
-def test_a_worker_passes_on_what_is_wrong():
-    iterator = batches(Damaged(5), num_workers=1)
-    with pytest.raises(InputError, match=r"x\.png does not decode"):
-        next(iterator)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damage_stops_and_is_named(num_workers):
+    iterator = batches(Damaged(9), num_workers=num_workers)
+    with pytest.raises(InputError, match=r"^example \d: (\d.png (does not decode|is gone)|there is neither)") as error:
+        for _ in range(3):
+            next(iterator)
+    assert "\n" not in str(error.value)
     iterator.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damage_that_is_skipped_leaves_a_row_without_weight(num_workers):
+    iterator = batches(Damaged(9), on_damage="skip", batch_size=9, num_workers=num_workers)
+    for _ in range(2):
+        batch = next(iterator)
+        bad = batch["weight"] == 0
+        assert sorted(batch["input_ids"][~bad, 0]) == [0, 2, 3, 5, 6, 8]
+        np.testing.assert_array_equal(batch["image"][~bad][:, 0, 0, 0], batch["input_ids"][~bad, 0])
+        assert (batch["image"][bad] == 0).all() and (batch["input_ids"][bad] == -1).all()
+        assert sorted(batch["damaged"]) == [
+            "example 1: 1.png does not decode",
+            "example 4: 4.png is gone",
+            "example 7: there is neither a picture nor a latent; add one or leave the example out",
+        ]
+    iterator.close()
+
+
+def test_a_whole_batch_may_be_damaged():
+    iterator = batches(Damaged(9), on_damage="skip", batch_size=1)
+    found = [next(iterator) for _ in range(9)]
+    assert sorted(batch["weight"][0] for batch in found) == [0] * 3 + [1] * 6
+    assert all(batch["image"].shape == (1, 8, 8, 3) for batch in found)
+
+
+def test_what_does_not_fit_the_others_is_damage():
+    class Odd(Prepared):
+        def __getitem__(self, index: int):
+            example = super().__getitem__(index)
+            if index == 1:
+                example["latent_mean"] = example["latent_mean"][:2]
+            if index == 2:
+                del example["noise"]
+            if index == 3:
+                example["text_states"] = np.zeros((5, 2), np.float16)
+            return example
+
+    damaged = "\n".join(sorted(next(batches(Odd(4), on_damage="skip"))["damaged"]))
+    assert "example 1: latent_mean has the shape (2, 4, 4), in other examples (4, 4, 4)" in damaged
+    assert "example 2: there is no noise, which other examples have" in damaged
+    assert "example 3: text_states has the shape (5, 2)" in damaged
+
+
+def test_latents_and_their_noise_have_one_shape():
+    class Odd(Prepared):
+        def __getitem__(self, index: int):
+            return super().__getitem__(index) | {"noise": np.zeros((2, 2, 4), np.float32)}
+
+    with pytest.raises(InputError, match=r"latent_mean \(4, 4, 4\), .*, noise \(2, 2, 4\) must have one shape"):
+        batches(Odd(3))
+
+
+def test_a_source_of_damage_alone_is_refused():
+    with pytest.raises(InputError, match=r"none of 8 examples can be used; the first is example 0: 0\.png does not"):
+        batches(Broken(20), on_damage="skip")
+    with pytest.raises(InputError, match=r"example 0 of source 1: 0\.png does not decode"):
+        batches(Numbered(4), Broken(20))
 
 
 def test_captions_drop_and_pictures_flip_as_often_as_asked():
@@ -137,9 +301,63 @@ def test_captions_drop_and_pictures_flip_as_often_as_asked():
     assert (plain["input_ids"] >= 0).all()
 
 
+def test_dropped_text_states_are_those_of_the_empty_caption():
+    null_text = np.array([[-1, 0.5]] * 3, np.float16)
+    batch = next(batches(Prepared(10), batch_size=300, caption_dropout=0.2, null_text=null_text))
+    dropped = batch["text_states"][:, 0, 0] < 0
+    assert dropped.mean() == pytest.approx(0.2, abs=0.07)
+    np.testing.assert_array_equal(batch["text_states"][dropped], np.broadcast_to(null_text, (dropped.sum(), 3, 2)))
+
+
+@pytest.mark.parametrize("source", [Numbered(9, depth=True, noise=True), Prepared(9)])
+def test_a_flip_mirrors_everything_or_nothing(source):
+    batch = next(batches(source, batch_size=30, random_flip=True))
+    arrays = {name: value for name, value in batch.items() if np.ndim(value) > 2 and name != "text_states"}
+    rising = {name: value[:, 0, 0] < value[:, 0, -1] for name, value in arrays.items()}
+    first = next(iter(rising.values())).reshape(30, -1)[:, 0]
+    assert 5 < first.sum() < 25
+    for name, value in rising.items():
+        # This noise is the latent's negative in prepared examples.
+        np.testing.assert_array_equal(value.reshape(30, -1)[:, 0] ^ (name == "noise" and "latent_mean" in batch), first)
+
+
 def test_one_knob_leaves_the_other_alone():
     flipped = next(batches(batch_size=40, random_flip=True))["image"]
     np.testing.assert_array_equal(flipped, next(batches(batch_size=40, random_flip=True, caption_dropout=0.5))["image"])
+    cropped = next(batches(batch_size=40, crop="random", image_size=8))
+    np.testing.assert_array_equal(cropped["input_ids"], next(batches(batch_size=40))["input_ids"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """One picture and its depth, 8 x 32, whose value is the column."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        columns = np.broadcast_to(np.arange(32, dtype=np.uint8), (8, 32))
+        return {"image": np.repeat(columns[..., None], 3, -1), "text": "0", "depth": columns.astype(np.float32)}
+
+
+def test_a_random_crop_takes_picture_and_depth_from_the_same_place():
+    batch = next(batches(Wide(), batch_size=60, crop="random"))
+    left = batch["depth"][:, 0, 0]
+    assert left.min() < 4 and left.max() > 20 and len(set(left)) > 12
+    assert np.abs(batch["image"][..., 0] - batch["depth"]).max() <= 1
+    centre = next(batches(Wide(), batch_size=2))
+    np.testing.assert_array_equal(centre["depth"][:, 0], [np.arange(12, 20)] * 2)
+
+
+def test_fixed_squeezes_instead_of_cutting():
+    batch = next(batches(Wide(), batch_size=1, resize="fixed"))
+    np.testing.assert_array_equal(batch["depth"][0, 0], np.arange(8) * 4 + 2)
+    np.testing.assert_allclose(batch["image"][0, 0, :, 0], np.arange(8) * 4 + 1.5, atol=1)
+
+
+def test_depth_is_left_out_where_not_every_source_has_it():
+    assert "depth" not in next(batches(Numbered(10), Numbered(10, depth=True)))
+    assert "depth" in next(batches(Numbered(5, depth=True), Numbered(10, depth=True)))
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (20, 36), (33, 15), (5, 9)])
@@ -157,8 +375,55 @@ def test_fitting_does_not_alias():
     assert np.abs(fit_image(stripes, 8)[:, 1:-1].astype(int) - 127).max() <= 12
 
 
-def test_what_cannot_work_is_told():
+def test_depth_is_never_averaged():
+    depth = np.where(np.arange(30) < 11, 1.0, 9.0)[None].repeat(30, 0)
+    assert set(np.unique(fit_depth(depth, 7, (0, 0, 30, 30)))) == {1.0, 9.0}
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_held_out_examples_are_spread_and_no_longer_trained_on(count):
+    train, validation = (pickle.loads(pickle.dumps(part)) for part in held_out(Numbered(10), count))
+    texts = [[int(part[i]["text"]) for i in range(len(part))] for part in (train, validation)]
+    assert sorted(texts[0] + texts[1]) == list(range(10))
+    assert len(validation) == count
+    gaps = np.diff([-1, *texts[1], 10])
+    assert gaps.max() - gaps.min() <= 10 // count
+
+
+@pytest.mark.parametrize("count", [0, 10, 11])
+def test_something_is_left_to_train_on_and_to_hold_out(count):
+    with pytest.raises(InputError, match=f"{count} of 10 examples cannot be held out; hold out 1 to 9"):
+        held_out(Numbered(10), count)
+
+
+@pytest.mark.parametrize(
+    "sources, options, told",
+    [
+        ((Numbered(0),), {}, "the data set is empty"),
+        ((Numbered(3),), {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ((Numbered(3),), {"rows": []}, r"rows=\[\] must be increasing numbers from 0 to 3"),
+        ((Numbered(3),), {"rows": [1, 1]}, r"rows=\[1, 1\] must be increasing"),
+        ((Numbered(3),), {"rows": [2, 4]}, r"rows=\[2, 4\] must be increasing"),
+        ((Numbered(3),), {"weights": [1, 2]}, "2 weights for 1 sources"),
+        (MIXED, {"weights": [1, 2, 0]}, r"weights=\(1, 2, 0\) must be positive"),
+        ((Numbered(3),), {"first_batch": -1}, "first_batch=-1 must be at least 0"),
+        ((Numbered(3),), {"resize": "squash"}, "resize='squash' is none of aspect, fixed"),
+        ((Numbered(3),), {"on_damage": "ignore"}, "on_damage='ignore' is none of stop, skip"),
+        ((Numbered(3),), {"caption_dropout": 1.5}, "caption_dropout=1.5 is no probability"),
+        ((Prepared(3),), {"caption_dropout": 0.1}, r"null_text has the shape None, .* that of text states \(3, 2\)"),
+        ((Numbered(3, noise=True),), {"crop": "random"}, "crop='random' does not go with noise"),
+        ((Numbered(3), Prepared(3)), {}, r"source 1 gives latent_mean \(4, 4, 4\), .* source 0 image \(8, 8, 3\)"),
+        ((Prepared(3), Prepared(3, size=6)), {}, r"source 1 gives latent_mean \(6, 6, 4\)"),
+        ((Prepared(3),), {"latent_size": 6}, r"latent_mean has the shape \(4, 4, 4\), but image_size=8 makes .* 6 x 6"),
+        ((Numbered(3, noise=True),), {"latent_size": 6}, r"noise has the shape \(4, 4, 4\), but image_size=8 makes"),
+    ],
+)
+def test_what_cannot_work_is_told(sources, options, told):
+    with pytest.raises(InputError, match=told) as error:
+        batches(*sources, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_source_at_all():
     with pytest.raises(InputError, match="the data set is empty"):
-        batches([])
-    with pytest.raises(InputError, match="batch_size=6 does not divide over 4 processes"):
-        batches(batch_size=6, process_count=4)
+        train_batches([], tokenize, batch_size=1, image_size=8, seed=0)

@@ -11,7 +11,7 @@ import small
 import twins
 from PIL import Image
 
-from d2f_jax import InputError, Pipeline, sampling, weights
+from d2f_jax import InputError, Pipeline, sampling, sharding, weights
 
 PROMPTS = ["a red cube", "a large blue sphere left of a small yellow cone on snow at night"]
 
@@ -72,6 +72,18 @@ def test_seeds_reproduce_and_rows_do_not_depend_on_their_batch(tiny: Pipeline) -
     np.testing.assert_array_equal(two, tiny(PROMPTS, num_steps=2, seed=7))
     assert np.abs(two[:1].astype(int) - tiny(PROMPTS[0], num_steps=2, seed=7)).max() <= 1
     assert np.abs(two.astype(int) - tiny(PROMPTS, num_steps=2, seed=8)).max() > 20
+
+
+def test_images_do_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    pipeline = Pipeline.from_pretrained(small.write_pipeline(tmp_path))
+    prompts = [*PROMPTS, "a cone"]  # which eight devices do not divide
+    spread = pipeline.on_mesh(sharding.make_mesh(2, 4))
+    kernel = spread.unet.conv_in.kernel[...]
+    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.size == kernel.size // 4
+    options = {"num_steps": 2, "height": 16, "width": 16, "seed": 3}
+    one, many = (p(prompts, **options).astype(int) for p in (pipeline, spread))
+    assert one.std() > 10 and one.shape == many.shape == (3, 16, 16, 3)
+    assert np.abs(one - many).max() <= 1
 
 
 def test_no_guidance_is_guidance_of_one(tiny: Pipeline) -> None:

@@ -1,20 +1,32 @@
 """Bad input ends with one line on stderr and exit code 2, and leaves nothing behind."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import small
 
 ROOT = Path(__file__).parents[1]
 
 
+def environment(xla_flags: str = "", **more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags, **more}
+
+
 def start(*arguments: str, cwd: Path = ROOT, xla_flags: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=environment(xla_flags),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -36,16 +48,14 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
     [
         ("--config.train.num_step=3", "no key 'num_step'"),
         ("--config.train.num_steps=many", "many"),
-        ("--config.train.batch_size=0", "batch_size=0"),
+        ("--config.train.accumulate=3", "does not divide over 1 devices x 3 parts"),
         ("--config.model=no/where/at/all", "no/where/at/all"),
-        ("--config.data.source=cloud", "'cloud'"),
+        ("--config.data.sources=('cloud:9',)", "no kind 'cloud'; kinds are array_record, image_folder"),
         ("--config.data.image_size=50", "50"),
-        ("--config.data.num_train=0", "num_train=0"),
-        ("--config.convention=approximate", "approximate"),
-        ("--config.compute_dtype=float7", "float7"),
-        ("--config.data.caption_dropout=1.5", "caption_dropout=1.5"),
-        ("--config.eval.step_counts=(1,0)", "step_counts=(1, 0)"),
-        ("--config.train.max_grad_norm=-1.0", "max_grad_norm=-1.0"),
+        ("--config.mesh.fsdp=3", "config.mesh.data=-1, config.mesh.fsdp=3 make no mesh of 1 devices"),
+        ("--config.train.optimizer=sgd", "config.train.optimizer='sgd' is unknown; use one of adamw"),
+        ("--config.train.schedule=linear", "config.train.schedule='linear' is unknown; use one of constant"),
+        ("--config.remat=all", "config.remat='all' is unknown; use one of none"),
         ("stray", "stray"),
     ],
 )
@@ -75,7 +85,8 @@ def test_workdir_that_cannot_be_written(tmp_path: Path) -> None:
 def test_workdir_of_another_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 7}')
     line = refused(train(tmp_path))
-    assert "config.seed" in line and "another --workdir" in line
+    assert "config.seed (7 there, 0 here)" in line and "another --workdir" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == '{"seed": 7}'
 
 
@@ -102,9 +113,63 @@ def test_truncated_weights(tmp_path: Path) -> None:
 
 def test_empty_image_folder(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
-    config = f"configs/images.py:{tmp_path / 'pictures'}"
+    config = f"configs/images.py:image_folder:{tmp_path / 'pictures'}"
     assert "metadata.jsonl" in refused(train(tmp_path / "run", config=config))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+def test_told_to_make_room_and_started_again(model: Path, tmp_path: Path) -> None:
+    """The second start goes on where the first has saved, with what the first has compiled."""
+    workdir, compiled = tmp_path / "run", tmp_path / "cache" / "d2f_jax" / "compiled"
+    command = [sys.executable, "-m", "d2f_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    command += [f"--config.model={model}", "--config.data.image_size=16", "--config.data.num_train=16"]
+    command += ["--config.data.num_validation=2", "--config.train.num_steps=400", "--config.train.batch_size=2"]
+    command += ["--config.train.log_every=1", "--config.train.checkpoint_every=1000", "--config.eval.every=1000"]
+    command += ["--config.eval.step_counts=(1,)", "--config.eval.num_images=2"]
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = environment(XDG_CACHE_HOME=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR="")
+
+    def told() -> list[int]:
+        file = workdir / "metrics.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [json.loads(line)["step"] for line in lines if "validation" not in line]
+
+    def steps_compiled() -> set[str]:
+        return {file.name for file in compiled.iterdir() if file.name.startswith("jit_step-")}
+
+    with subprocess.Popen(command, **options) as running:
+        while running.poll() is None and not told():
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 75, stderr[-2000:]
+    last = told()[-1]
+    assert stderr.splitlines()[-1].startswith(f"stopped: told to make room at step {last} of 400, and saved;")
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(last)]
+    assert not (workdir / "export").exists()
+    before = steps_compiled()
+    assert before
+    again = subprocess.run(command, **options, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert told() == list(range(1, 401)) and (workdir / "export").exists()
+    assert steps_compiled() == before
+
+
+def test_what_is_compiled_is_kept_where_jax_is_told(model: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "d2f_jax.sample", f"--model={model}", "--prompt=a cone", "--num_steps=1"],
+        cwd=tmp_path,
+        env=environment(XDG_CACHE_HOME=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert any((tmp_path / "own").iterdir()) and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
-"""ImageFolder: every kind of picture becomes upright RGB, everything wrong is told in one line."""
+"""Specs and ImageFolder: every kind of picture becomes upright RGB, everything wrong is told in one line."""
 
+import io
 import json
 import pickle
+import struct
+import tarfile
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from d2f_jax.data import sources
+from d2f_jax.data.open import open_source
 from d2f_jax.data.sources import ImageFolder, read_image
 from d2f_jax.errors import InputError
 
@@ -117,4 +123,81 @@ def test_a_truncated_picture_is_named_when_it_is_read(tmp_path):
     source = ImageFolder(tmp_path)
     with pytest.raises(InputError, match=r"a\.png does not decode") as error:
         source[0]
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_of_a_picture_format_never_reaches_another_program(tmp_path):
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(InputError, match=r"a\.eps does not decode \(not a picture\)"):
+        read_image(tmp_path / "a.eps")
+
+
+def large_png(side: int) -> bytes:
+    """A header that claims `side` x `side` pixels, and nothing of them."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_000, 30_000])
+def test_a_header_that_claims_too_many_pixels_is_refused_undecoded(tmp_path, side, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(InputError, match=r"^x does not decode \(.*pixels.*\); replace or remove it"):
+        read_image(large_png(side), "x")
+    with pytest.raises(InputError, match="no encoded picture does not decode"):
+        read_image(b"", "no encoded picture")
+
+
+def test_whatever_a_decoder_raises_is_told(monkeypatch):
+    def failing(*args):
+        raise struct.error("unpack requires\na buffer")
+
+    monkeypatch.setattr(sources.ImageOps, "exif_transpose", failing)
+    file = io.BytesIO()
+    Image.fromarray(GRADIENT).save(file, "png")
+    with pytest.raises(InputError, match=r"^encoded picture does not decode \(unpack requires a buffer\)"):
+        read_image(file.getvalue())
+
+
+def test_a_line_opens_a_source(tmp_path):
+    write_folder(tmp_path / "pictures", {"file_name": "a.png", "text": "x"})
+    assert open_source(f"image_folder:{tmp_path / 'pictures'}")[0]["text"] == "x"
+    latent, caption = io.BytesIO(), io.BytesIO(b"y")
+    np.save(latent, np.ones((4, 2, 2), np.float32))
+    with tarfile.open(tmp_path / "00.tar", "w") as tar:
+        for name, file in [("1.latent.npy", latent), ("1.txt", caption)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(file.getvalue())
+            file.seek(0)
+            tar.addfile(info, file)
+    for pattern in ("0?.tar", "{00..00}.tar"):
+        example = open_source(f"webdataset:{tmp_path / pattern}?latent_scale=0.5")[0]
+        np.testing.assert_array_equal(example["latent_mean"], np.full((2, 2, 4), 2))
+
+
+@pytest.mark.parametrize(
+    "spec, told",
+    [
+        (
+            "pictures",
+            "'pictures' is not of the form kind:path.*; kinds are array_record, image_folder, tfds, webdataset",
+        ),
+        ("image_folder:", "is not of the form kind:path"),
+        ("zip:a", "no kind 'zip'; kinds are array_record, image_folder, tfds, webdataset"),
+        ("image_folder:a?size=3", "no option 'size'; image_folder has none"),
+        ("tfds:a?split=x&txt=b", "no option 'txt'; options of tfds are data_dir, image, split, text"),
+        ("tfds:a?split=x&split=y", "give the option 'split' one value, once"),
+        ("tfds:a?split=", "give the option 'split' one value, once"),
+        ("webdataset:a?latent_scale=x", "latent_scale=x is not a number"),
+        ("webdataset:/nowhere/{0..1}.tar", r"no shard matches /nowhere/0\.tar"),
+        ("image_folder:/nowhere", "/nowhere is not a folder"),
+        ("array_record:/nowhere", "/nowhere holds no"),
+    ],
+)
+def test_lines_that_open_nothing(spec, told):
+    with pytest.raises(InputError, match=told) as error:
+        open_source(spec)
     assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
-"""The train step: pure, the same on any number of devices, and training no more than it should."""
+"""The train step: pure, the same on any mesh and in any number of parts, and training no more than it should."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,46 +11,124 @@ import pytest
 import small
 import twins
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 from schedules import SD, config
 
-from d2f_jax import InputError, NoiseSchedule, lora, optim, sharding
+from d2f_jax import NoiseSchedule, lora, optim, sharding
 from d2f_jax import step as steps
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
 
-OPTIMIZER = optim.adamw(learning_rate=2e-3, warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0)
-OPTIONS = steps.StepOptions(latent_scale=0.5, ema_decay=0.9, lora_scale=1.0, convention="exact")
-BATCH = {"image": twins.random(4, 16, 16, 3).clip(-1, 1), "input_ids": np.arange(48).reshape(4, 12)}
+ADAM = optim.OptimizerOptions(
+    name="adamw",
+    learning_rate=2e-3,
+    schedule="constant",
+    warmup_steps=0,
+    num_steps=100,
+    final_rate=0.0,
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    first_moment_dtype="float32",
+)
+OPTIMIZER = optim.make_optimizer(ADAM)
+OPTIONS = steps.StepOptions(
+    latent_scale=0.5,
+    lora_scale=1.0,
+    convention="exact",
+    compute_dtype="float32",
+    ema_decay=0.9,
+    ema_start=0,
+    accumulate=1,
+)
+PICTURES = {
+    "image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8),
+    "input_ids": np.arange(96).reshape(8, 12),
+    "weight": np.ones(8, np.float32),
+}
+# Most laws are those of the UNet's training: prepared batches compile twice as fast.
+BATCH = {
+    "latent_mean": twins.random(8, 8, 8, 4),
+    "latent_std": np.full((8, 8, 8, 4), 0.1, np.float16),
+    "text_states": twins.random(8, 12, 16).astype(np.float16),
+    "weight": np.ones(8, np.float32),
+}
 
 
-def setting(*, with_lora: bool = False) -> tuple[Any, steps.Frozen, Any]:
-    """The compiled step, what stays, and what is trained, of small networks."""
-    rngs = nnx.Rngs(0)
-    modules = (
-        UNet2DConditionModel(UNetConfig(**small.UNET), rngs=rngs),
-        AutoencoderKL(VAEConfig(**twins.SMALL_VAE), rngs=rngs),
-        CLIPTextModel(CLIPTextConfig(**twins.SMALL_CLIP | small.CLIP), rngs=rngs),
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Small networks: their structure, what stays of them, and what is trained."""
+
+    networks: steps.Networks
+    frozen: steps.Frozen
+    trained: Any
+
+    def start(self, mesh: jax.sharding.Mesh, *, seed: int = 0) -> tuple[steps.TrainState, steps.Frozen]:
+        state = steps.init_state(jax.tree.map(jnp.copy, self.trained), OPTIMIZER, jax.random.key(seed))
+        frozen = self.frozen
+        return sharding.put((state, frozen), sharding.kept(mesh, (state, frozen)))
+
+    def step(self, mesh: jax.sharding.Mesh, **changes: Any) -> Any:
+        key = (id(self), mesh, *sorted(changes.items()))
+        if key not in COMPILED:
+            schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
+            options = dataclasses.replace(OPTIONS, **changes)
+            COMPILED[key] = steps.make_train_step(self.networks, schedule, OPTIMIZER, options, mesh), self
+        return COMPILED[key][0]
+
+
+COMPILED: dict[Any, Any] = {}  # several laws are told of the same program
+
+
+def filled(build: Any) -> tuple[Any, Any]:
+    """Structure and random parameters; drawn by NumPy, as JAX would compile a program for each shape."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(build))
+    rng = np.random.default_rng(0)
+
+    def fill(x: Any) -> jax.Array:
+        drawn = (
+            rng.normal(0, np.prod(x.shape[:-1]) ** -0.5, x.shape) if len(x.shape) > 1 else rng.uniform(0, 1, x.shape)
+        )
+        return jnp.asarray(drawn, x.dtype)
+
+    return graphdef, jax.tree.map(fill, abstract)
+
+
+def setting(*, with_lora: bool = False, remat: str = "none", dtype: str = "float32") -> Setting:
+    def unet() -> UNet2DConditionModel:
+        network = UNet2DConditionModel(UNetConfig(**small.UNET), dtype=dtype, rngs=nnx.Rngs(0))
+        network.set_remat(remat)
+        return network
+
+    unet_def, params = filled(unet)
+    vae_def, vae = filled(
+        lambda: AutoencoderKL(VAEConfig(**twins.SMALL_VAE, layers_per_block=1), dtype=dtype, rngs=nnx.Rngs(0))
     )
-    (unet_def, unet), (vae_def, vae), (text_def, text) = map(nnx.split, modules)
-    schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
-    step = steps.make_train_step(steps.Networks(unet_def, vae_def, text_def), schedule, OPTIMIZER, OPTIONS)
+    clip = CLIPTextConfig(**twins.SMALL_CLIP | small.CLIP)
+    text_def, text = filled(lambda: CLIPTextModel(clip, dtype=dtype, rngs=nnx.Rngs(0)))
+    networks = steps.Networks(unet_def, vae_def, text_def)
     if with_lora:
-        return step, steps.Frozen(unet, vae, text), lora.init(unet, jax.random.key(1), rank=4)
-    return step, steps.Frozen(None, vae, text), unet
+        return Setting(networks, steps.Frozen(params, vae, text), lora.init(params, jax.random.key(1), rank=4))
+    return Setting(networks, steps.Frozen(None, vae, text), params)
 
 
-def run(step: Any, frozen: steps.Frozen, trained: Any, count: int, *, devices: int = 1, seed: int = 0):
-    """State and losses after `count` steps on `devices` devices."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
-    everywhere = sharding.replicated(mesh)
-    state, frozen = jax.device_put((steps.init_state(jax.tree.map(jnp.copy, trained), OPTIMIZER), frozen), everywhere)
-    batch = jax.device_put(BATCH, sharding.batch_split(mesh))
-    key = jax.device_put(jax.random.key(seed), everywhere)
+def mesh_of(data: int = 1, fsdp: int = 1) -> jax.sharding.Mesh:
+    return sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+
+
+ONE = mesh_of()
+
+
+def run(
+    setting: Setting, count: int, *, mesh: jax.sharding.Mesh = ONE, seed: int = 0, batch: dict = BATCH, **changes: Any
+) -> tuple[steps.TrainState, list[float]]:
+    """State and losses after `count` steps."""
+    step, (state, frozen) = setting.step(mesh, **changes), setting.start(mesh, seed=seed)
+    rows = sharding.put_rows(mesh, batch, 8)
     losses = []
     for _ in range(count):
-        state, metrics = step(state, frozen, batch, key)
+        state, metrics = step(state, frozen, rows)
         losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -58,80 +137,162 @@ def leaves(tree: Any) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
+def assert_same(a: Any, b: Any) -> None:
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def kept_parts(state: steps.TrainState) -> tuple[Any, ...]:
+    return state.trained, state.ema, state.opt_state
+
+
 @pytest.fixture(scope="module")
-def full() -> tuple[Any, steps.Frozen, Any]:
+def full() -> Setting:
     return setting()
 
 
-def test_the_same_key_gives_the_same_run_and_another_does_not(full: tuple) -> None:
-    one, losses = run(*full, 3)
-    two, again = run(*full, 3)
+def test_the_same_key_gives_the_same_run_and_another_does_not(full: Setting) -> None:
+    one, losses = run(full, 3)
+    two, again = run(full, 3)
     assert losses == again
-    for a, b in zip(leaves(one), leaves(two), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert run(*full, 3, seed=1)[1] != losses
+    assert_same(kept_parts(one), kept_parts(two))
+    assert run(full, 3, seed=1)[1] != losses
 
 
-def test_the_step_draws_by_its_own_number(full: tuple) -> None:
-    _, losses = run(*full, 2)
-    step, frozen, trained = full
-    state = steps.init_state(jax.tree.map(jnp.copy, trained), OPTIMIZER)
-    later = steps.TrainState(state.step + 1, state.trained, state.ema, state.opt_state)
-    _, metrics = step(later, frozen, BATCH, jax.random.key(0))
+def test_the_step_draws_by_its_own_number(full: Setting) -> None:
+    _, losses = run(full, 1)
+    state, frozen = full.start(ONE)
+    _, metrics = full.step(ONE)(dataclasses.replace(state, step=state.step + 1), frozen, BATCH)
     assert float(metrics["loss"]) != losses[0]
 
 
-def test_two_devices_equal_one(full: tuple) -> None:
-    assert len(jax.devices()) >= 2
-    one, losses = run(*full, 3)
-    two, others = run(*full, 3, devices=2)
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
+def test_the_mesh_changes_nothing(full: Setting, data: int, fsdp: int) -> None:
+    one, losses = run(full, 4, batch=PICTURES)
+    many, others = run(full, 4, batch=PICTURES, mesh=mesh_of(data, fsdp))
     np.testing.assert_allclose(others, losses, rtol=1e-5)
-    for a, b in zip(leaves(one.ema), leaves(two.ema), strict=True):
+    for a, b in zip(leaves(one.ema), leaves(many.ema), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)  # Adam's first steps are signs: rounding near zero shows
 
 
-def test_training_learns(full: tuple) -> None:
-    _, losses = run(*full, 60)
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_every_device_keeps_its_share(with_lora: bool) -> None:
+    mesh = mesh_of(1, 8)
+    state, _ = run(setting(with_lora=with_lora), 1, mesh=mesh)
+    whole = sum(x.size * x.dtype.itemsize for x in leaves(kept_parts(state)))
+    here = jax.devices()[3]
+    share = sum(
+        s.data.nbytes for x in jax.tree.leaves(kept_parts(state)) for s in x.addressable_shards if s.device == here
+    )
+    assert share / whole < 1.15 / 8 or with_lora  # adapters of rank 4 are 8 to 32 numbers long
+    assert share / whole < 0.5
+
+
+@pytest.mark.parametrize(("accumulate", "mesh"), [(4, ONE), (2, mesh_of(1, 2))], ids=["one", "fsdp"])
+def test_parts_add_up_to_the_batch(full: Setting, accumulate: int, mesh: jax.sharding.Mesh) -> None:
+    weighted = BATCH | {"weight": np.array([1, 1, 0, 1, 1, 1, 0, 1], np.float32)}
+    one, losses = run(full, 2, batch=weighted)
+    parts, others = run(full, 2, batch=weighted, accumulate=accumulate, mesh=mesh)
+    np.testing.assert_allclose(others, losses, rtol=2e-6)
+    for a, b in zip(
+        leaves(optax.tree.get(one.opt_state, "mu")), leaves(optax.tree.get(parts.opt_state, "mu")), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("remat", ["resnets", "attentions", "blocks"])
+def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str) -> None:
+    _, losses = run(full, 2)
+    again = setting(remat=remat)
+    np.testing.assert_allclose(run(again, 2)[1], losses, rtol=1e-6)
+
+    def kept_bytes(of: Setting) -> int:
+        batch = jax.tree.map(jnp.asarray, BATCH)
+        draws = steps.draw(jax.random.key(0), of.networks, of.frozen, batch)
+        loss = steps.make_loss(of.networks, NoiseSchedule.from_config(config(SD, "v_prediction")), OPTIONS, ONE)
+        _, backward = jax.vjp(lambda p: loss(p, of.frozen, batch, draws), of.trained)
+        return sum(x.nbytes for x in jax.tree.leaves(backward) if hasattr(x, "nbytes"))
+
+    assert kept_bytes(again) < 0.9 * kept_bytes(full)
+
+
+def test_half_precision_keeps_float32_masters() -> None:
+    half = setting(dtype="bfloat16")
+    state, losses = run(half, 20, compute_dtype="bfloat16", mesh=mesh_of(2, 2))
+    assert {x.dtype for x in jax.tree.leaves(kept_parts(state)) if jnp.issubdtype(x.dtype, jnp.floating)} == {
+        jnp.dtype("float32")
+    }
+    np.testing.assert_allclose(losses, run(setting(), 20)[1], rtol=0.05)
+
+
+def test_rows_without_weight_count_for_nothing(full: Setting) -> None:
+    weight = np.array([1, 0, 1, 1, 0, 1, 1, 1], np.float32)
+    other = BATCH["latent_mean"] * weight[:, None, None, None]
+    one, losses = run(full, 2, batch=BATCH | {"weight": weight})
+    two, others = run(full, 2, batch=BATCH | {"weight": weight, "latent_mean": other})
+    assert losses == others
+    assert_same(kept_parts(one), kept_parts(two))
+    assert int(one.bad_examples) == 4
+    assert losses != run(full, 2)[1]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(full: Setting) -> None:
+    step, (state, frozen) = full.step(ONE), full.start(ONE)
+    state, _ = step(state, frozen, BATCH)
+    before = [x.copy() for x in leaves(kept_parts(state))]
+    for n in range(1, 4):
+        state, metrics = step(state, frozen, BATCH | {"noise": np.full((8, 8, 8, 4), np.nan, np.float32)})
+        assert not np.isfinite(float(metrics["loss"]))
+        assert (int(state.bad_streak), int(state.skipped_steps), int(state.step)) == (n, n, n + 1)
+    assert_same(before, kept_parts(state))
+    state, _ = step(state, frozen, BATCH | {"weight": np.zeros(8, np.float32)})
+    assert (int(state.bad_streak), int(state.bad_examples)) == (4, 8)
+    assert_same(before, kept_parts(state))
+    state, metrics = step(state, frozen, BATCH)
+    assert (int(state.bad_streak), int(state.skipped_steps), int(metrics["skipped_steps"])) == (0, 4, 4)
+    assert np.isfinite(float(metrics["loss"]))
+
+
+def test_prepared_batches_are_what_pictures_become(full: Setting) -> None:
+    batch = jax.tree.map(jnp.asarray, PICTURES)
+    mean, std, text = steps.encoded(full.networks, full.frozen, batch, lambda params: params)
+    prepared = {"latent_mean": mean, "latent_std": std, "text_states": text, "weight": batch["weight"]}
+    np.testing.assert_allclose(run(full, 2, batch=prepared)[1], run(full, 2, batch=PICTURES)[1], rtol=1e-6)
+    without_std = {name: x for name, x in prepared.items() if name != "latent_std"}
+    assert run(full, 1, batch=without_std)[1] != run(full, 1, batch=PICTURES)[1]
+
+
+def test_training_learns(full: Setting) -> None:
+    _, losses = run(full, 60)
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
-def test_the_average_follows_its_law(full: tuple) -> None:
-    step, frozen, trained = full
-    state = steps.init_state(jax.tree.map(jnp.copy, trained), OPTIMIZER)
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_average_follows_its_law(full: Setting, start: int) -> None:
+    step, (state, frozen) = full.step(ONE, ema_start=start), full.start(ONE)
     expected = leaves(state.ema)
-    for n in range(3):
-        state, _ = step(state, frozen, BATCH, jax.random.key(0))
-        decay = min(0.9, 1 - (1 + n) ** -0.75)
+    for n in range(4):
+        state, _ = step(state, frozen, BATCH)
+        decay = min(0.9, 1 - (1 + max(n - start, 0)) ** -0.75)
         expected = [decay * e + (1 - decay) * new for e, new in zip(expected, leaves(state.trained), strict=True)]
     for e, a in zip(expected, leaves(state.ema), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-6)
 
 
-def test_adapters_are_all_that_is_trained() -> None:
-    step, frozen, adapters = setting(with_lora=True)
-    before = leaves(frozen)
-    state, losses = run(step, frozen, adapters, 2)
-    count = sum(x.size for x in leaves(adapters))
+def test_adapters_are_all_that_is_trained(full: Setting) -> None:
+    adapted = setting(with_lora=True)
+    before = leaves(adapted.frozen)
+    state, losses = run(adapted, 2)
+    count = sum(x.size for x in leaves(adapted.trained))
     assert sum(x.size for x in leaves(state.trained)) == count
     assert sum(x.size for x in leaves(optax.tree.get(state.opt_state, "mu"))) == count
-    for a, b in zip(before, leaves(frozen), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(before, adapted.frozen)
     assert any(adapter.b.any() for adapter in state.trained.values())
     # Zero-initialised adapters begin where the whole network begins.
-    np.testing.assert_allclose(losses[0], run(*setting(), 1)[1][0], rtol=1e-6)
+    np.testing.assert_allclose(losses[0], run(full, 1)[1][0], rtol=1e-6)
 
 
-def test_the_old_state_is_donated(full: tuple) -> None:
-    step, frozen, trained = full
-    state = steps.init_state(jax.tree.map(jnp.copy, trained), OPTIMIZER)
-    step(state, frozen, BATCH, jax.random.key(0))
+def test_the_old_state_is_donated(full: Setting) -> None:
+    state, frozen = full.start(ONE)
+    full.step(ONE)(state, frozen, BATCH)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
-
-
-def test_batches_divide_over_the_devices() -> None:
-    mesh = sharding.make_mesh()
-    assert mesh.size == len(jax.local_devices())
-    sharding.check_batch_size(2 * mesh.size, mesh)
-    for size in (0, -1, mesh.size + 1):
-        with pytest.raises(InputError, match=f"batch_size={size} does not divide over {mesh.size} devices"):
-            sharding.check_batch_size(size, mesh)

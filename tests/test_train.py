@@ -1,23 +1,30 @@
 """The whole program on small networks: resumed equals uninterrupted, and what it leaves behind is usable."""
 
-import io
 import json
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import skimage
 import small
 import twins
 from absl import flags
+from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from configs import images, quickstart
-from d2f_jax import InputError, Pipeline, sampling, train
+from d2f_jax import InputError, Pipeline, sampling, train, weights
 from d2f_jax.checkpoint import Checkpoints
 from d2f_jax.data.sources import ImageFolder
+from d2f_jax.datasets import Data
+from d2f_jax.errors import Preempted
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -47,15 +54,19 @@ def shrunk(config: ConfigDict, model: Path, **changes: object) -> ConfigDict:
             "model": str(model),
             "data.image_size": 16,
             "data.num_train": 24,
-            "data.num_validation": 6,
+            "data.num_validation": 10,
             "train.num_steps": 6,
-            "train.batch_size": 4,
+            "train.batch_size": 8,
             "train.log_every": 1,
             "train.checkpoint_every": 2,
             "train.warmup_steps": 2,
+            "train.learning_rate": 3e-4,
+            "train.ema_decay": 0.99,
+            "eval.every": 3,
+            "eval.num_loss_examples": 10,
             "eval.step_counts": (1, 2),
             "eval.num_images": 6,
-            "eval.batch_size": 3,
+            "eval.batch_size": 8,
             **changes,
         }
     )
@@ -67,7 +78,24 @@ def exported(workdir: Path) -> dict[str, bytes]:
 
 
 def lines(workdir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """All but how fast it was."""
+    told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: x for k, x in line.items() if k not in ("images_per_second", "tflops_per_device")} for line in told]
+
+
+def checkpoints(workdir: Path) -> set[int]:
+    return {int(p.name) for p in (workdir / "checkpoints").iterdir()}
+
+
+def write_pictures(folder: Path, captions: list[str]) -> Path:
+    """Noise, with these captions."""
+    folder.mkdir()
+    pictures = np.random.default_rng(0).integers(0, 256, (len(captions), 32, 32, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +103,12 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "workdir"
     train.train(shrunk(quickstart.get_config(), model), workdir)
     return workdir
+
+
+@pytest.fixture
+def training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the pictures before and after."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)
 
 
 def test_a_workdir_holds_what_is_promised(finished: Path) -> None:
@@ -91,12 +125,24 @@ def test_a_workdir_holds_what_is_promised(finished: Path) -> None:
         "data",
     }
     assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 6
-    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"4", "6"}
+    assert checkpoints(finished) == {4, 6}
+    assert {p.name for p in (finished / "samples").iterdir()} == {"step_000003.png", "before_and_after.png"}
+    for name, columns in (("step_000003", 2), ("before_and_after", 2)):
+        picture = Image.open(finished / "samples" / f"{name}.png")
+        assert picture.width > columns * 2 * 32 and np.asarray(picture).std() > 10
+
+
+def test_every_step_and_every_evaluation_is_told(finished: Path) -> None:
     records = lines(finished)
-    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
-    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
-    picture = Image.open(finished / "samples" / "before_and_after.png")
-    assert picture.width > 2 * 2 * 32 and np.asarray(picture).std() > 10
+    assert [r["step"] for r in records] == [1, 2, 3, 3, 4, 5, 6, 6]
+    steps = [r for r in records if "loss" in r]
+    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in steps)
+    assert all(r["bad_examples"] == r["skipped_steps"] == 0 for r in steps)
+    np.testing.assert_allclose([r["learning_rate"] for r in steps], [0, 1.5e-4, 3e-4, 3e-4, 3e-4, 3e-4], rtol=1e-6)
+    for evaluation in (r for r in records if "loss" not in r):
+        bins = [evaluation[f"validation_loss/t{i / 8:.3f}"] for i in range(8)]
+        assert evaluation.keys() == {"step", "validation_loss", *(f"validation_loss/t{i / 8:.3f}" for i in range(8))}
+        assert evaluation["validation_loss"] == pytest.approx(np.mean(bins)) and min(bins) > 0
 
 
 def test_the_table_shows_the_bridge(finished: Path) -> None:
@@ -128,83 +174,217 @@ def test_the_export_samples_the_same_in_diffusers(finished: Path) -> None:
     assert np.abs(pictures - 255 * expected).max() <= 2.5
 
 
-@pytest.mark.parametrize("arg", ["", "lora"])
-def test_resumed_is_uninterrupted(
-    model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arg: str
-) -> None:
-    def config() -> ConfigDict:
-        return shrunk(quickstart.get_config(arg), model, **{"data.path": str(finished / "data")})
+def tell(step: int) -> None:
+    """Told to make room in the third step, which is saved, but not evaluated any more."""
+    if step == 2:
+        signal.raise_signal(signal.SIGTERM)
 
-    train.train(config(), tmp_path / "straight")
+
+def kill(step: int) -> None:
+    """Three steps of six, of which two are saved."""
+    if step == 3:
+        raise KeyboardInterrupt
+
+
+HALF = {"compute_dtype": "bfloat16", "remat": "blocks", "train.batch_size": 16, "train.accumulate": 2}
+SAVING = {**HALF, "train.schedule": "cosine", "eval.every": 99}
+
+
+@pytest.mark.parametrize(
+    ("arg", "changes", "interrupt", "error", "saved"),
+    [("", {}, tell, Preempted, {2, 3}), ("lora", SAVING, kill, KeyboardInterrupt, {2})],
+    ids=["full, told to stop", "adapters in half precision and in parts, killed"],
+)
+def test_resumed_is_uninterrupted(
+    model: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    training_alone: None,
+    arg: str,
+    changes: dict[str, Any],
+    interrupt: Callable[[int], None],
+    error: type[BaseException],
+    saved: set[int],
+) -> None:
+    def config(**more: object) -> ConfigDict:
+        data = {"data.sources": (f"shapes_world:{finished / 'data'}",)}
+        return shrunk(quickstart.get_config(arg), model, **data, **changes, **more)
+
+    straight, resumed = finished, tmp_path / "resumed"
+    if arg:
+        straight = tmp_path / "straight"
+        train.train(config(), straight)
+        rates = [r["learning_rate"] for r in lines(straight) if "loss" in r]
+        assert rates[0] == 0 < rates[1] < rates[2] > rates[3] > rates[4] > rates[5]
     due = Checkpoints.due
 
     def interrupted(self: Checkpoints, step: int) -> bool:
-        if step == 3:
-            raise KeyboardInterrupt
+        interrupt(step)
         return due(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "due", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(config(), tmp_path / "resumed")
-    assert not (tmp_path / "resumed" / "export").exists()
-    assert {p.name for p in (tmp_path / "resumed" / "checkpoints").iterdir()} == {"2"}
-    train.train(config(), tmp_path / "resumed")
-    assert exported(tmp_path / "resumed") == exported(tmp_path / "straight")
-    losses = {r["step"]: r["loss"] for r in lines(tmp_path / "straight")}
-    assert {r["step"]: r["loss"] for r in lines(tmp_path / "resumed") if r["step"] > 2} == {
-        step: loss for step, loss in losses.items() if step > 2
-    }
-    # Once more, finished: nothing is trained, the result is the same.
-    train.train(config(), tmp_path / "resumed")
-    assert exported(tmp_path / "resumed") == exported(tmp_path / "straight")
+        with pytest.raises(error):
+            train.train(config(), resumed)
+    assert not (resumed / "export").exists()
+    assert checkpoints(resumed) == saved
+    train.train(config(**{"train.profile_steps": (4, 5)}), resumed)
+    assert exported(resumed) == exported(straight)
+    assert lines(resumed) == lines(straight)
+    positions = [(run / "checkpoints" / "6" / "position" / "metadata").read_text() for run in (resumed, straight)]
+    assert positions[0] == positions[1] and json.loads(positions[0]) == {"examples": [24]}
+    assert any(file.is_file() for file in (resumed / "profile").rglob("*"))
 
 
-def test_a_folder_of_photographs(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
+def test_a_finished_run_is_not_trained_again(
+    finished: Path, model: Path, monkeypatch: pytest.MonkeyPatch, training_alone: None
+) -> None:
+    def no_batches(*_: Any) -> Iterator[Any]:
+        raise AssertionError("it is trained again")
+        yield
+
+    before, told = exported(finished), lines(finished)
+    monkeypatch.setattr(Data, "train_batches", no_batches)
+    train.train(shrunk(quickstart.get_config(), model), finished)
+    assert exported(finished) == before and lines(finished) == told
+
+
+def test_a_run_begins_with_the_average_of_another(
+    model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+
+    def loop(_config: Any, _step: Any, _plain_step: Any, state: Any, *_: Any) -> None:
+        states.append(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "loop", loop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(
+            shrunk(quickstart.get_config(), model, init_from=str(finished / "checkpoints"), seed=7), tmp_path / "run"
+        )
+    average = jax.tree.leaves(nnx.state(Pipeline.from_pretrained(finished / "export").unet))
+    for kept in (states[0].trained, states[0].ema):
+        for ours, theirs in zip(jax.tree.leaves(kept), average, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert int(states[0].step) == 0
+
+
+@pytest.mark.parametrize(
+    ("arg", "folder", "said"),
+    [
+        ("", "nowhere", "nowhere"),
+        ("", "samples", r"samples holds no checkpoint; give the checkpoints/"),
+        pytest.param(
+            "lora",
+            "checkpoints",
+            "the parameters are not this run's",
+            marks=pytest.mark.xfail(
+                raises=TypeError, strict=True, reason="restore_average takes what it does not find"
+            ),
+        ),
+    ],
+)
+def test_a_beginning_that_does_not_fit(
+    model: Path, finished: Path, tmp_path: Path, arg: str, folder: str, said: str
+) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        train.train(shrunk(quickstart.get_config(arg), model, init_from=str(finished / folder)), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not list((finished / "samples").glob("[0-9]*")) and not (finished / "nowhere").exists()
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of them breaks off, which its header does not show."""
+    folder = tmp_path_factory.mktemp("photographs")
     rows = []
     for file in sorted((Path(skimage.__file__).parent / "data").iterdir()):
         if file.stem in PHOTOGRAPHS:
             shutil.copy(file, folder)
             rows.append({"file_name": file.name, "text": f"a photograph of {file.stem.replace('_', ' ')}"})
     assert len(rows) >= 8
+    broken = folder / rows[0]["file_name"]
+    broken.write_bytes(broken.read_bytes()[:20000])
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    workdir = tmp_path / "run"
-    train.train(shrunk(images.get_config(str(folder)), model, **{"eval.grid_images": 2}), workdir)
-    assert (workdir / "export" / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    assert (workdir / "samples" / "before_and_after.png").exists()
-    assert not (workdir / "scores.md").exists()
+    assert len(ImageFolder(folder)) == len(rows)
+    return folder
 
 
-def test_what_has_diverged_is_neither_saved_nor_exported(model: Path, finished: Path, tmp_path: Path) -> None:
-    changes = {"train.learning_rate": 1e30, "train.warmup_steps": 0, "data.path": str(finished / "data")}
-    with pytest.raises(FloatingPointError, match="at step"):
-        train.train(shrunk(quickstart.get_config(), model, **changes), tmp_path / "run")
+def test_a_folder_of_photographs_without_the_broken_one(model: Path, photographs: Path, tmp_path: Path) -> None:
+    changes = {"data.on_damage": "skip", "eval.grid_images": 2, "eval.every": 99, "train.num_steps": 4}
+    train.train(shrunk(images.get_config(f"image_folder:{photographs}"), model, **changes), tmp_path / "run")
+    assert (tmp_path / "run" / "export" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    assert (tmp_path / "run" / "samples" / "before_and_after.png").exists()
+    assert not (tmp_path / "run" / "scores.md").exists()
+    counts = [r["bad_examples"] for r in lines(tmp_path / "run") if "loss" in r]
+    assert counts == sorted(counts) and 0 < counts[-1] < 8 * 4 / 2
+    assert all(r["skipped_steps"] == 0 and r["loss"] > 0 for r in lines(tmp_path / "run") if "loss" in r)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "does not decode"),
+        ({"data.on_damage": "skip", "data.max_damaged": 0}, r"damaged examples were left out .*max_damaged=0"),
+    ],
+)
+def test_damage_stops_the_run(
+    model: Path, photographs: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        train.train(shrunk(images.get_config(f"image_folder:{photographs}"), model, **changes), tmp_path / "run")
     assert not (tmp_path / "run" / "export").exists()
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def model_without_cones(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose embedding of one word is not finite."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("model") / "copy")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    (token,) = weights.load_tokenizer(folder).encode("cone", add_special_tokens=False)
+    next(x for name, x in tensors.items() if name.endswith("token_embedding.weight"))[token] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def of_cones(folder: Path, model: Path, count: int, **changes: object) -> ConfigDict:
+    """Of 24 examples, three steps, this many are cones; all examples come in each epoch."""
+    write_pictures(folder, ["a cone"] * count + ["a cube"] * (24 - count))
+    every_step = {"train.checkpoint_every": 1, "train.checkpoints_kept": 9, "data.held_out": 0}
+    config = images.get_config(f"image_folder:{folder}")
+    return shrunk(config, model, **every_step, **{"data.caption_dropout": 0.0, "eval.every": 99}, **changes)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_never_saved(
+    model_without_cones: Path, tmp_path: Path, training_alone: None
+) -> None:
+    config = of_cones(tmp_path / "pictures", model_without_cones, 1, **{"train.num_steps": 5})
+    train.train(config, tmp_path / "run")
+    good = [np.isfinite(r["loss"]) for r in lines(tmp_path / "run")]
+    assert sum(good[:3]) == 2
+    skipped = np.cumsum(np.logical_not(good))
+    assert [r["skipped_steps"] for r in lines(tmp_path / "run")] == skipped.tolist()
+    # What is skipped does not move the rate either.
+    rates = [r["learning_rate"] for r in lines(tmp_path / "run") if np.isfinite(r["loss"])]
+    assert rates == pytest.approx([min(n, 2) * 1.5e-4 for n in range(len(rates))])
+    assert checkpoints(tmp_path / "run") == {n for n, finite in enumerate(good, 1) if finite}
+    assert all(
+        np.isfinite(x).all() for x in load_file(next((tmp_path / "run/export/unet").glob("*.safetensors"))).values()
+    )
+
+
+def test_what_has_diverged_is_neither_saved_nor_exported(model_without_cones: Path, tmp_path: Path) -> None:
+    config = of_cones(tmp_path / "pictures", model_without_cones, 24, **{"train.max_bad_steps": 3})
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row up to step 3 .* loss nan, gradient norm nan; "):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
+    assert not checkpoints(tmp_path / "run")
 
 
 def test_a_refused_run_claims_no_workdir(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lora rank 999"):
         train.train(shrunk(quickstart.get_config("lora"), model, **{"lora.rank": 999}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_damaged_config_is_told(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"seed":')
-    with pytest.raises(InputError, match=r"config\.json is damaged"):
-        train.train(shrunk(quickstart.get_config(), model), tmp_path)
-
-
-def test_a_picture_that_breaks_off_stops_the_run(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    encoded = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(encoded, "png")
-    (folder / "a.png").write_bytes(encoded.getvalue()[:900])
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "noise"}')
-    assert len(ImageFolder(folder)) == 1
-    with pytest.raises(InputError, match=r"a\.png does not decode"):
-        train.train(shrunk(images.get_config(str(folder)), model), tmp_path / "run")
-    assert not (tmp_path / "run" / "export").exists()

@@ -1,107 +1,257 @@
-"""From a `Source` to batches, through Grain: shuffled, endless, reproducible, and resumable at any step.
+"""From `Source`s to batches, through Grain: shuffled, endless, reproducible, and beginning at any batch.
 
-The batches are a function of `(source, seed)` and the step: neither the number of worker processes nor the
-number of machines changes what the global batch holds.
+A row is a function of the sources, their weights, the seed, and its place: the number of its batch and of the row in
+it. Neither worker processes, nor machines, nor where the run was interrupted change it; the number of the next batch is
+all that there is to save.
 """
 
 import dataclasses
+import itertools
+import math
+import signal
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Literal, NotRequired, TypedDict, cast, get_args
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
+from d2f_jax.data.fit import DRAWS, Crop, Fit, Resize, Row, Spec, blank, conform, make_row, spec_of
+from d2f_jax.data.order import ChosenRows, shuffled
 from d2f_jax.data.sources import Example, Source
 from d2f_jax.errors import InputError
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # captions -> int32 [B, L]; pickles if there are workers
+OnDamage = Literal["stop", "skip"]
 
 
 class Batch(TypedDict):
-    """`image` float32 [B, H, W, 3] in [-1, 1]; `input_ids` int32 [B, L]."""
+    """Of pictures `image` uint8 [B, H, W, 3], perhaps `depth` float32 [B, H, W]; of prepared examples `latent_mean` and
+    perhaps `latent_std` float16 [B, h, w, C]. Of captions `input_ids` int32 [B, L], or `text_states` float16 [B, L, D].
+    Perhaps `noise` float32 [B, h, w, C]. `weight` float32 [B] is 1, and 0 for a row of zeros in the place of an example
+    that could not be read, of which `damaged` (for the host) tells the reason.
+    """
 
-    image: np.ndarray
-    input_ids: np.ndarray
+    image: NotRequired[np.ndarray]
+    depth: NotRequired[np.ndarray]
+    latent_mean: NotRequired[np.ndarray]
+    latent_std: NotRequired[np.ndarray]
+    noise: NotRequired[np.ndarray]
+    input_ids: NotRequired[np.ndarray]
+    text_states: NotRequired[np.ndarray]
+    weight: np.ndarray
+    damaged: tuple[str, ...]
 
 
 def train_batches(
-    source: Source,
+    sources: Sequence[Source],
     tokenize: Tokenize,
     *,
     batch_size: int,
     image_size: int,
+    latent_size: int | None = None,
     seed: int,
+    weights: Sequence[float] = (),
+    rows: Sequence[int] | None = None,
+    first_batch: int = 0,
+    resize: Resize = "aspect",
+    crop: Crop = "center",
     random_flip: bool = False,
     caption_dropout: float = 0.0,
+    null_text: np.ndarray | None = None,
+    on_damage: OnDamage = "stop",
     num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    read_ahead: int = 4,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches, in a new order every epoch.
+    """Endless batches that begin with batch `first_batch`; `close()` the iterator at the end.
 
-    `batch_size` is the global one; of it the process `process_index` gets its share, `batch_size / process_count`
-    rows. `random_flip` mirrors half of the pictures: leave it off where captions say left or right.
-    `caption_dropout` is the probability of an empty caption, which classifier-free guidance needs. The iterator's
-    state saves and restores through Orbax with `grain.checkpoint` as long as `num_workers` stays the same;
-    `close()` the iterator if it has workers.
+    `batch_size` is the global one, of which this process gets the `rows`, numbers that increase; None means all.
+    Of several sources every one is endless, in a new order every epoch, and has its share by `weights` (equal if
+    empty). All examples have the same arrays, but a depth that not all sources have is left out.
+
+    `resize="aspect"` makes a picture's shorter side `image_size` and cuts the rest off around the centre, or anywhere
+    for `crop="random"`; `"fixed"` makes both sides `image_size`. Latents and noise must be of `latent_size`, that of
+    the VAE for `image_size` (None leaves it unchecked). `random_flip` mirrors half of the examples, pictures, depths,
+    latents and noise alike: leave it off where captions say left or right.
+    `caption_dropout` is the probability of an empty caption, which classifier-free guidance needs; for text states
+    that is `null_text` [L, D].
+
+    An example that cannot be read, or does not fit the others, raises `InputError` that names it with
+    `on_damage="stop"`; with `"skip"` its row stays in the batch with weight 0. `read_ahead` batches are kept ready, by
+    every one of `num_workers` processes if there are any. What these make comes through `/dev/shm`, which a container
+    may have too little of.
     """
-    if len(source) == 0:
-        raise InputError("the data set is empty; give at least one picture")
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(
-            f"batch_size={batch_size} does not divide over {process_count} processes; use a multiple of {process_count}"
-        )
-    augment = _Augment(image_size, random_flip, caption_dropout)
-    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(_ENDLESS // len(source)).random_map(augment)
-    # Sliced last: a row depends on its place in the global batch, not on the process that holds it.
-    share = rows[process_index::process_count].batch(batch_size // process_count, batch_fn=_Collate(tokenize))
-    batches = share.to_iter_dataset(_READ_AHEAD)
+    rows = range(batch_size) if rows is None else rows
+    _check_sources(sources, weights)
+    _check_rows(batch_size, rows)
+    _check_at_least(0, first_batch=first_batch, seed=seed, num_workers=num_workers)
+    _check_at_least(1, image_size=image_size, read_ahead=read_ahead)
+    for name, value, kind in [("resize", resize, Resize), ("crop", crop, Crop), ("on_damage", on_damage, OnDamage)]:
+        if value not in get_args(kind):
+            raise InputError(f"{name}={value!r} is none of {', '.join(get_args(kind))}")
+    if not 0 <= caption_dropout <= 1:
+        raise InputError(f"caption_dropout={caption_dropout:g} is no probability from 0 to 1")
+    fit = Fit(
+        image_size=image_size,
+        resize=resize,
+        crop=crop,
+        random_flip=random_flip,
+        caption_dropout=caption_dropout,
+        null_text=null_text,
+    )
+    guarded = [_Guarded(source, f" of source {k}" if len(sources) > 1 else "") for k, source in enumerate(sources)]
+    spec = _common_spec([_spec(source, fit, on_damage) for source in guarded])
+    _check_fit(fit, spec, latent_size)
+
+    *shuffle_seeds, row_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(len(sources) + 1))
+    endless = [
+        shuffled(grain.MapDataset.source(source), shuffle_seed).repeat(_ENDLESS // len(source))
+        for source, shuffle_seed in zip(guarded, shuffle_seeds, strict=True)
+    ]
+    mixed = endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, weights or None)
+    # The rows are chosen last: randomness follows a row's place in all batches, not the process that holds it.
+    made = mixed.random_map(_MakeRow(fit, spec, on_damage), seed=row_seed)
+    chosen = ChosenRows(made, batch_size, tuple(rows))
+    batches = chosen.batch(len(rows), batch_fn=_Collate(tokenize))[first_batch:]
+    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=min(2, read_ahead), prefetch_buffer_size=read_ahead))
     if num_workers:
         _parse_flags()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(batches)
-
-
-def fit_image(image_HxWx3: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the shorter side resized to `size` (Lanczos, antialiased), the centre cut out."""
-    height, width = image_HxWx3.shape[:2]
-    if height == width == size:
-        return image_HxWx3
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    picture = Image.fromarray(image_HxWx3)
-    box = (left, top, left + side, top + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, box))
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _outlive_warnings)
+    return iter(ahead)
 
 
 _ENDLESS = 2**40  # rows; with Grain's own endless repeat, batches of one overflow
-_READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches; Grain's own 500 fill the memory
+_PROBES = 8  # examples tried for a readable one whose arrays set the batch's
 
 
 @dataclasses.dataclass(frozen=True)
-class _Augment(grain.transforms.RandomMap):
-    image_size: int
-    random_flip: bool
-    caption_dropout: float
+class _Guarded:
+    """A source that hands out what was raised, with the example's name: what becomes of it is decided later."""
 
-    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
-        flip, drop = rng.random(2)  # always both, so that one knob does not change the other's choices
-        image = fit_image(element["image"], self.image_size)
-        if self.random_flip and flip < 0.5:
-            image = image[:, ::-1]
-        return {"image": image, "text": "" if drop < self.caption_dropout else element["text"]}
+    source: Source
+    suffix: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[str, Example | Exception]:
+        name = f"example {index}{self.suffix}"
+        try:
+            return name, self.source[index]
+        except (InputError, OSError) as error:
+            return name, error
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeRow(grain.transforms.RandomMap):
+    fit: Fit
+    spec: Spec
+    on_damage: OnDamage
+
+    def random_map(self, element: tuple[str, Example | Exception], rng: np.random.Generator) -> tuple[Row, str]:
+        """The row, and if it is blank the reason."""
+        name, read = element
+        try:
+            return conform(_row(read, self.fit, rng.random(DRAWS).tolist()), self.spec), ""
+        except (InputError, OSError) as error:
+            if self.on_damage == "stop":
+                raise InputError(f"{name}: {error}") from error
+            return blank(self.spec), f"{name}: {error}"
+
+
+def _row(read: Example | Exception, fit: Fit, draws: Sequence[float]) -> Row:
+    if isinstance(read, Exception):
+        raise read
+    return make_row(read, fit, draws)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Collate:
     tokenize: Tokenize
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        images = np.stack([example["image"] for example in examples])
-        ids = np.asarray(self.tokenize([example["text"] for example in examples]), np.int32)
-        return {"image": images.astype(np.float32) / 127.5 - 1, "input_ids": ids}
+    def __call__(self, elements: Sequence[tuple[Row, str]]) -> Batch:
+        rows, reasons = [row for row, _ in elements], [reason for _, reason in elements]
+        batch = {name: np.stack([row[name] for row in rows]) for name in spec_of(rows[0])}
+        if "text" in rows[0]:
+            batch["input_ids"] = np.asarray(self.tokenize([row["text"] for row in rows]), np.int32)
+        batch["weight"] = np.array([not reason for reason in reasons], np.float32)
+        return cast(Batch, batch | {"damaged": tuple(reason for reason in reasons if reason)})
+
+
+def _spec(source: _Guarded, fit: Fit, on_damage: OnDamage) -> Spec:
+    """The arrays that the first example gives; with "skip" the first that can be read."""
+    probes = 1 if on_damage == "stop" else min(_PROBES, len(source))
+    fit, reasons = dataclasses.replace(fit, caption_dropout=0.0), []
+    for probe in range(probes):
+        name, read = source[probe * len(source) // probes]
+        try:
+            return spec_of(_row(read, fit, [0.5] * DRAWS))
+        except (InputError, OSError) as error:
+            reasons.append(f"{name}: {error}")
+    if on_damage == "stop":
+        raise InputError(reasons[0])
+    raise InputError(f"none of {probes} examples{source.suffix} can be used; the first is {reasons[0]}")
+
+
+def _common_spec(specs: Sequence[Spec]) -> Spec:
+    names = [{name for name in spec if name != "depth" or all("depth" in s for s in specs)} for spec in specs]
+    kept = [{name: spec[name] for name in spec if name in shared} for spec, shared in zip(specs, names, strict=True)]
+    for k, spec in enumerate(kept):
+        if spec != kept[0]:
+            raise InputError(
+                f"source {k} gives {_told(spec)}, source 0 {_told(kept[0])}; sources that are mixed must be alike"
+            )
+    return kept[0]
+
+
+def _told(spec: Spec) -> str:
+    return ", ".join(f"{name} {shape}" for name, (shape, _) in sorted(spec.items()))
+
+
+def _check_sources(sources: Sequence[Source], weights: Sequence[float]) -> None:
+    if not sources or not all(len(source) for source in sources):
+        raise InputError("the data set is empty; give at least one picture")
+    if weights and len(weights) != len(sources):
+        raise InputError(f"{len(weights)} weights for {len(sources)} sources; give one for each, or none")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f"weights={tuple(weights)} must be positive; leave out a source that is not wanted")
+
+
+def _check_rows(batch_size: int, rows: Sequence[int]) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1")
+    bounds = [-1, *rows, batch_size]
+    if not len(rows) or not all(low < high for low, high in itertools.pairwise(bounds)):
+        raise InputError(f"rows={list(rows)} must be increasing numbers from 0 to {batch_size - 1}, at least one")
+
+
+def _check_at_least(least: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
+
+
+def _check_fit(fit: Fit, spec: Spec, latent_size: int | None) -> None:
+    shapes = {name: spec[name][0] for name in ("latent_mean", "latent_std", "noise") if name in spec}
+    for name, shape in shapes.items():
+        if latent_size is not None and shape[:2] != (latent_size, latent_size):
+            raise InputError(
+                f"{name} has the shape {shape}, but image_size={fit.image_size} makes latents of {latent_size} x "
+                f"{latent_size}; change image_size, or prepare the data for it"
+            )
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"{_told({name: spec[name] for name in shapes})} must have one shape; write the data anew")
+    if fit.caption_dropout and "text_states" in spec:
+        shape, null_shape = spec["text_states"][0], None if fit.null_text is None else fit.null_text.shape
+        if null_shape != shape:
+            raise InputError(f"null_text has the shape {null_shape}, caption_dropout needs that of text states {shape}")
+    if fit.crop == "random" and fit.resize == "aspect" and {"image", "noise"} <= spec.keys():
+        raise InputError("crop='random' does not go with noise, which belongs to the whole picture; use crop='center'")
+
+
+def _outlive_warnings(_worker: int, _count: int) -> None:
+    """Schedulers send SIGTERM to every process of a job, but batches are needed until the run has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _parse_flags() -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from d2f_jax.data import shapes
 from d2f_jax.data.sources import Example, read_image
+from d2f_jax.data.tfds_source import read_record
 from d2f_jax.errors import InputError
 
 WORLD_SEEDS = {"train": 0, "validation": 1}
@@ -103,14 +104,16 @@ class ShapesWorldSource:
         undecoded = {"image": tfds.decode.SkipDecoding(), "depth": tfds.decode.SkipDecoding()}
         # A TFDS decorator hides the parameters from the type checker.
         self._records = builder.as_data_source(split=split, decoders=undecoded)  # pyright: ignore[reportCallIssue]
+        self._name = f"{folder} {split}"
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
+        where = f"{self._name}[{index}]"
+        record = read_record(self._records, index, where)
         depth = np.asarray(Image.open(io.BytesIO(record["depth"])), np.float32) / DEPTH_SCALE
-        return {"image": read_image(record["image"]), "text": record["caption"].decode(), "depth": depth}
+        return {"image": read_image(record["image"], where), "text": record["caption"].decode(), "depth": depth}
 
 
 def shapes_world(

@@ -1,13 +1,17 @@
 """Where examples come from: anything with a length and an index.
 
-A source hands out decoded pictures of any size with their captions; `d2f_jax.data.loader` makes batches of them.
+A source hands out decoded pictures of any size, or latents, with their captions; `d2f_jax.data.loader` makes batches
+of them.
 """
 
+import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, cast
 
+import grain
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -15,19 +19,44 @@ from d2f_jax.errors import InputError
 
 
 class Example(TypedDict):
-    """`image` uint8 [H, W, 3]; `text` its caption; `depth` float32 [H, W] where known, 0 in the sky."""
+    """`text` is the caption; of the rest a source gives what it has, a picture or its latent at least.
 
-    image: np.ndarray
+    Pictures: `image` uint8 [H, W, 3]; `depth` float32 [H, W], 0 where there is none, as in the sky. Prepared ones:
+    `latent_mean` and perhaps `latent_std` float16 [h, w, C], the VAE's own, that is not yet scaled; `text_states`
+    float16 [L, D]. Either may have `noise` float32 [h, w, C], which flows to this very latent.
+    """
+
     text: str
+    image: NotRequired[np.ndarray]
     depth: NotRequired[np.ndarray]
+    latent_mean: NotRequired[np.ndarray]
+    latent_std: NotRequired[np.ndarray]
+    noise: NotRequired[np.ndarray]
+    text_states: NotRequired[np.ndarray]
 
 
 class Source(Protocol):
-    """Random access to examples; must pickle, as it travels to the loader's worker processes."""
+    """Random access to examples; must pickle, as it travels to the loader's worker processes.
+
+    An example that cannot be read raises `InputError` or `OSError`, whose one line names it.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def held_out(source: Source, count: int) -> tuple[Source, Source]:
+    """`source` without `count` evenly spaced examples, and these alone: for training and for validation."""
+    if not 0 < count < len(source):
+        raise InputError(f"{count} of {len(source)} examples cannot be held out; hold out 1 to {len(source) - 1}")
+    chosen = (2 * np.arange(count) + 1) * len(source) // (2 * count)
+    return _Selection(source, np.delete(np.arange(len(source)), chosen)), _Selection(source, chosen)
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """The examples of `sources` one after another."""
+    return cast(Source, grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources]))
 
 
 class ImageFolder:
@@ -36,7 +65,7 @@ class ImageFolder:
     Every line of `metadata.jsonl` is `{"file_name": "path/inside/the/folder.jpg", "text": "its caption"}`; other
     keys are ignored. Everything that shows without decoding all the pictures is checked at once: raises
     `InputError` for a folder, line or file that is missing or wrong. A picture that turns out to be damaged when
-    it is read raises `InputError` too: training stops rather than quietly leaving it out.
+    it is read raises `InputError` too.
     """
 
     def __init__(self, folder: str | Path):
@@ -52,22 +81,36 @@ class ImageFolder:
         return {"image": read_image(self._folder / file_name), "text": text}
 
 
-def read_image(file: str | Path | bytes) -> np.ndarray:
+def read_image(file: str | Path | bytes, name: str = "encoded picture") -> np.ndarray:
     """uint8 [H, W, 3], upright, of a picture of any mode: transparency is laid on white, 16 bits become 8.
 
-    Raises `InputError`, which names the file, if it does not decode.
+    Raises `InputError`, which names the file, or bytes by `name`, if it does not decode.
     """
-    name = "encoded picture" if isinstance(file, bytes) else str(file)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
-            picture.load()
+        with _open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
-    except _UNREADABLE as error:
-        raise InputError(f"{name} does not decode ({_reason(error)}); replace or remove it") from error
+    except Exception as error:  # a decoder that meets foreign bytes may raise anything
+        where = name if isinstance(file, bytes) else str(file)
+        raise InputError(f"{where} does not decode ({_reason(error)}); replace or remove it") from error
 
 
-# Pillow tells of damage by any of these, according to the format and the place.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+@dataclasses.dataclass(frozen=True)
+class _Selection:
+    """The examples of `source` at these indices."""
+
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
+
+
+# Not what Pillow hands to other programs, as it does PostScript.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_MAX_PIXELS = 80_000_000  # decoded, a quarter of a gigabyte; a header of some bytes can claim any size
 _METADATA = "metadata.jsonl"
 _WANTED = 'write one line per picture: {"file_name": "a.jpg", "text": "its caption"}'
 
@@ -119,15 +162,26 @@ def _check_pictures(folder: Path, names: list[str]) -> None:
     bad = []
     for name in dict.fromkeys(names):
         try:
-            Image.open(folder / name).close()
-        except _UNREADABLE as error:
+            _open(folder / name).close()
+        except Exception as error:
             bad.append(f"{name} ({_reason(error)})")
     if bad:
         raise InputError(f"{folder}: {len(bad)} of {len(names)} pictures do not open: {_listing(bad)}")
 
 
+def _open(file: Path | str | io.BytesIO) -> Image.Image:
+    """The picture, of which only the header is read yet."""
+    picture = Image.open(file, formats=_FORMATS)
+    if picture.width * picture.height > _MAX_PIXELS:
+        picture.close()
+        raise ValueError(f"{picture.width} x {picture.height} pixels, the most are {_MAX_PIXELS:,}")
+    return picture
+
+
 def _reason(error: Exception) -> str:
-    return "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _listing(names: list[str], shown: int = 5) -> str:

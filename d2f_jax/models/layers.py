@@ -1,6 +1,7 @@
 """What the UNet and the VAE are built of."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,19 @@ class Build:
 
     def layer_norm(self, width: int, eps: float = 1e-5) -> "LayerNorm":
         return LayerNorm(width, eps, self)
+
+
+def in_compute_dtype(params: nnx.State, dtype: DTypeLike) -> nnx.State:
+    """Kernels in `dtype`, as their layers would cast them; done before they are sent between devices, it halves that.
+
+    Norms, and the embedding of the timestep, compute in float32: theirs stay.
+    """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        exact = x.ndim < 2 or "time_embedding" in jax.tree_util.keystr(path)
+        return x if exact else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -75,7 +89,10 @@ class Nothing(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """Norm, SiLU, conv, twice, with the time embedding added between where the block has one (`time_width`)."""
+    """Norm, SiLU, conv, twice, with the time embedding added between where the block has one (`time_width`).
+
+    With `recompute` nothing inside is kept for the backward pass.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, *, time_width: int | None, groups: int, eps: float, build: Build
@@ -86,8 +103,12 @@ class ResnetBlock2D(nnx.Module):
         self.norm2 = build.group_norm(outputs, groups, eps)
         self.conv2 = build.conv(outputs, outputs, 3)
         self.conv_shortcut = build.conv(inputs, outputs, 1) if inputs != outputs else None
+        self.recompute = False
 
     def __call__(self, x: jax.Array, time_BxD: jax.Array | None = None) -> jax.Array:
+        return jax.checkpoint(self._forward)(x, time_BxD) if self.recompute else self._forward(x, time_BxD)
+
+    def _forward(self, x: jax.Array, time_BxD: jax.Array | None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         if self.time_emb_proj is not None and time_BxD is not None:
             h = h + self.time_emb_proj(nnx.silu(time_BxD))[:, None, None, :].astype(h.dtype)
@@ -177,7 +198,10 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks on a feature map's pixels, between two projections: 1x1 convs in SD 1.x, linear in 2.x."""
+    """Transformer blocks on a feature map's pixels, between two projections: 1x1 convs in SD 1.x, linear in 2.x.
+
+    With `recompute` nothing inside is kept for the backward pass.
+    """
 
     def __init__(
         self,
@@ -197,8 +221,12 @@ class Transformer2DModel(nnx.Module):
             BasicTransformerBlock(channels, heads=heads, context_width=context_width, build=build) for _ in range(depth)
         )
         self.proj_out = project(channels, channels)
+        self.recompute = False
 
     def __call__(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
+        return jax.checkpoint(self._forward)(x, text_BxMxD) if self.recompute else self._forward(x, text_BxMxD)
+
+    def _forward(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
         h = self.proj_in(self.norm(x))
         tokens_BxLxD = h.reshape(h.shape[0], -1, h.shape[-1])
         for block in self.transformer_blocks:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from d2f_jax.errors import InputError
 from d2f_jax.models import config as configs
 from d2f_jax.models.layers import Build, Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
+
+Remat = Literal["none", "resnets", "attentions", "blocks"]
 
 _NEUTRAL = {
     "act_fn": ("silu",),
@@ -136,6 +138,14 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             h = block(h, skips, time_BxD, text_BxLxD)
         return self.conv_out(nnx.silu(self.conv_norm_out(h))).astype(jnp.float32)
+
+    def set_remat(self, remat: Remat) -> None:
+        """Which blocks compute again in the backward pass what they would otherwise keep: less memory, more work."""
+        kinds = {"none": (), "resnets": (ResnetBlock2D,), "attentions": (Transformer2DModel,)}
+        kinds["blocks"] = kinds["resnets"] + kinds["attentions"]
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, ResnetBlock2D | Transformer2DModel):
+                module.recompute = isinstance(module, kinds[remat])
 
 
 def sinusoids(time_B: jax.Array, config: UNetConfig) -> jax.Array:

@@ -63,8 +63,9 @@ class DiagonalGaussian:
     mean: jax.Array
     logvar: jax.Array
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
+    @property
+    def std(self) -> jax.Array:
+        return jnp.exp(0.5 * self.logvar)
 
 
 class AutoencoderKL(nnx.Module):

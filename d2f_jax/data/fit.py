@@ -1,0 +1,117 @@
+"""From an `Example` to a row of a batch: resized, cropped, mirrored, its caption dropped, as the draws have it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from d2f_jax.data.sources import Example
+from d2f_jax.errors import InputError
+
+Row = dict[str, Any]
+"""Arrays by the names that they have in the batch, and `text` unless there are text states."""
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
+"""Shape and dtype of every array of a row."""
+Resize = Literal["aspect", "fixed"]
+Crop = Literal["center", "random"]
+Box = tuple[float, float, float, float]  # left, top, right and bottom in pixels
+
+DRAWS = 4  # numbers in [0, 1) that a row takes, whatever it does with them: no option changes another's choices
+_DTYPES = {"latent_mean": np.float16, "latent_std": np.float16, "noise": np.float32, "text_states": np.float16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How examples become rows; see `d2f_jax.data.loader.train_batches`."""
+
+    image_size: int
+    resize: Resize
+    crop: Crop
+    random_flip: bool
+    caption_dropout: float
+    null_text: np.ndarray | None
+
+
+def make_row(example: Example, fit: Fit, draws: Sequence[float]) -> Row:
+    """A latent, if there is one, is taken instead of the picture, and text states instead of the caption."""
+    flip, drop, across, down = draws
+    prepared = [name for name in ("latent_mean", "latent_std", "noise") if name in example]
+    row: Row = {name: np.asarray(example[name], _DTYPES[name]) for name in prepared}
+    if "latent_mean" not in row:
+        row |= _fit_picture(example, fit, across, down)
+    if fit.random_flip and flip < 0.5:
+        row = {name: array[:, ::-1] for name, array in row.items()}
+    dropped = drop < fit.caption_dropout
+    if "text_states" not in example:
+        return row | {"text": "" if dropped else example["text"]}
+    states = fit.null_text if dropped else example["text_states"]
+    return row | {"text_states": np.asarray(states, _DTYPES["text_states"])}
+
+
+def spec_of(row: Row) -> Spec:
+    return {name: (value.shape, value.dtype) for name, value in row.items() if name != "text"}
+
+
+def conform(row: Row, spec: Spec) -> Row:
+    """The row with the arrays of `spec`; raises `InputError` for others, unless it's a depth that no one asks for."""
+    own = spec_of(row)
+    for name in [*spec, *own]:
+        if name not in own:
+            raise InputError(f"there is no {name}, which other examples have; add it or leave the example out")
+        if name not in spec:
+            if name != "depth":
+                raise InputError(f"there is {name}, which other examples lack; remove it or leave the example out")
+            continue
+        if own[name] != spec[name]:
+            raise InputError(f"{name} has the shape {own[name][0]}, in other examples {spec[name][0]}; make them equal")
+    return {name: value for name, value in row.items() if name in spec or name == "text"}
+
+
+def blank(spec: Spec) -> Row:
+    """Zeros, and no caption, in the place of an example that cannot be read."""
+    row: Row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
+    return row if "text_states" in spec else row | {"text": ""}
+
+
+def fit_image(image_HxWx3: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
+    """uint8 [size, size, 3]: what lies in `box`, the largest square in the middle if None (Lanczos, antialiased)."""
+    height, width = image_HxWx3.shape[:2]
+    box = box or _square(height, width, 0.5, 0.5)
+    if height == width == size and box == (0, 0, size, size):
+        return image_HxWx3
+    return np.asarray(Image.fromarray(image_HxWx3).resize((size, size), Image.Resampling.LANCZOS, box))
+
+
+def fit_depth(depth_HxW: np.ndarray, size: int, box: Box) -> np.ndarray:
+    """float32 [size, size]: of every pixel the nearest, as a mean over an edge would belong to neither side."""
+    left, top, right, bottom = box
+    centres = (np.arange(size) + 0.5) / size
+    rows, columns = (top + centres * (bottom - top)).astype(int), (left + centres * (right - left)).astype(int)
+    return np.asarray(depth_HxW[rows[:, None], columns], np.float32)
+
+
+def _fit_picture(example: Example, fit: Fit, across: float, down: float) -> Row:
+    if "image" not in example:
+        raise InputError("there is neither a picture nor a latent; add one or leave the example out")
+    image = example["image"]
+    height, width = image.shape[:2]
+    if fit.resize == "fixed":
+        box = (0.0, 0.0, float(width), float(height))
+    else:
+        box = _square(height, width, across, down) if fit.crop == "random" else _square(height, width, 0.5, 0.5)
+    row = {"image": fit_image(image, fit.image_size, box)}
+    if "depth" not in example:
+        return row
+    depth = example["depth"]
+    if depth.shape != (height, width):
+        raise InputError(f"the depth has the shape {depth.shape}, its picture {(height, width)}; make them equal")
+    return row | {"depth": fit_depth(depth, fit.image_size, box)}
+
+
+def _square(height: int, width: int, across: float, down: float) -> Box:
+    """The largest square, at these fractions of the room that it has."""
+    side = min(height, width)
+    left, top = (width - side) * across, (height - side) * down
+    return left, top, left + side, top + side

@@ -1,0 +1,176 @@
+"""The data of a run: the sources its config names, opened, and what of them is held out."""
+
+import dataclasses
+import itertools
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from d2f_jax import distributed, sharding
+from d2f_jax.checkpoint import Position
+from d2f_jax.data import prepared
+from d2f_jax.data.loader import train_batches
+from d2f_jax.data.open import open_source
+from d2f_jax.data.prepared import PreparedSource
+from d2f_jax.data.shapes_world import shapes_world
+from d2f_jax.data.sources import Example, Source, held_out, joined
+from d2f_jax.errors import InputError
+from d2f_jax.pipeline import Pipeline
+from d2f_jax.program import Config
+from d2f_jax.step import Batch
+from d2f_jax.weights import Tokenize
+
+_SHAPES_WORLD = "shapes_world"  # with :FOLDER where it is built, else in the workdir
+_FOR_THE_HOST = ("damaged", "depth")  # of a batch, what the step does not take
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """`train` sources, and `validation` ones of the same kind (none if nothing is held out)."""
+
+    train: list[Source]
+    validation: list[Source]
+    tokenize: Tokenize
+    downsampling: int  # pixels of an image to one of its latent
+    null_text: np.ndarray | None  # text states of the empty caption, where captions come encoded
+
+    def position(self) -> Position:
+        """What decides, beside the config and the step, which examples come next."""
+        return {"examples": [len(source) for source in self.train]}
+
+    def check_position(self, position: Position | None) -> None:
+        """Raises InputError if a checkpoint was made with other numbers of examples: their order would be another."""
+        if position is not None and position != self.position():
+            raise InputError(
+                f"config.data.sources have {self.position()['examples']} examples, but {position['examples']} when the "
+                "checkpoint was made: the run cannot go on exactly; restore them, or begin a new --workdir with "
+                "config.init_from"
+            )
+
+    def examples(self, count: int) -> list[Example]:
+        """At most `count` held-out examples, in turn from each source; of the training ones if none are held out."""
+        sources = self.validation or self.train
+        turns = itertools.zip_longest(*(range(len(source)) for source in sources))
+        places = [(k, i) for turn in turns for k, i in enumerate(turn) if i is not None][:count]
+        return [sources[k][i] for k, i in places]
+
+    def train_batches(self, config: Config, mesh: Mesh, first: int) -> Generator[Batch]:
+        """Endless global batches on their devices from number `first` on, the next on its way while one is in use."""
+        options = config.data
+        local = self._batches(
+            self.train,
+            config,
+            mesh,
+            config.train.batch_size,
+            weights=options.weights,
+            first_batch=first,
+            seed=config.seed,
+            crop=options.crop,
+            random_flip=options.random_flip,
+            caption_dropout=options.caption_dropout,
+            null_text=self.null_text,
+            num_workers=options.num_workers,
+        )
+        try:
+            ahead = _put(mesh, next(local), config.train.batch_size)
+            for batch in local:
+                batch, ahead = ahead, _put(mesh, batch, config.train.batch_size)
+                yield batch
+        finally:
+            local.close()
+
+    def validation_batches(self, config: Config, mesh: Mesh, count: int) -> list[tuple[Batch, np.ndarray]]:
+        """`count` held-out examples, or all there are: batches and their rows' numbers, filled up with weight 0."""
+        count = min(count, sum(map(len, self.validation)))
+        size = config.train.batch_size // config.train.accumulate
+        local = self._batches([joined(self.validation)], config, mesh, size, seed=config.eval.seed)
+        rows, batches = sharding.local_rows(mesh, size), []
+        for start in range(0, count, size):
+            batch = dict(next(local))
+            batch["weight"] = batch["weight"] * (start + rows < count)
+            batches.append((_put(mesh, batch, size), np.arange(start, start + size)))
+        local.close()
+        return batches
+
+    def _batches(self, sources: list[Source], config: Config, mesh: Mesh, size: int, **options: Any) -> Any:
+        return train_batches(
+            sources,
+            self.tokenize,
+            batch_size=size,
+            rows=sharding.local_rows(mesh, size).tolist(),
+            image_size=config.data.image_size,
+            latent_size=config.data.image_size // self.downsampling,
+            resize=config.data.resize,
+            on_damage=config.data.on_damage,
+            **options,
+        )
+
+
+def open_given(data: Config) -> dict[str, Source]:
+    """The sources of `data.sources` that are there already, which all are but ShapesWorld."""
+    return {spec: open_source(spec) for spec in data.sources if not _is_shapes_world(spec)}
+
+
+def check_prepared(data: Config, pipeline: Pipeline, given: dict[str, Source]) -> None:
+    """Raises InputError for latents or text states that other networks, or another size, have made."""
+    for source in given.values():
+        if isinstance(source, PreparedSource):
+            prepared.check_model(
+                source.manifest, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, image_size=data.image_size
+            )
+
+
+def open_data(data: Config, workdir: Path, pipeline: Pipeline, given: dict[str, Source]) -> Data:
+    """All of `data.sources`; ShapesWorld is rendered on the first start, by the main process."""
+    train: list[Source] = []
+    validation: list[Source] = []
+    for spec in data.sources:
+        if _is_shapes_world(spec):
+            folder = Path(spec.partition(":")[2] or workdir / "data")
+            train.append(_shapes_world(data, folder, "train"))
+            validation.append(_shapes_world(data, folder, "validation"))
+        elif (own := _own_validation(given[spec])) is not None:
+            train.append(given[spec])
+            validation.append(own)
+        elif data.held_out:
+            kept, withheld = held_out(given[spec], data.held_out)
+            train.append(kept)
+            validation.append(withheld)
+        else:
+            train.append(given[spec])
+    null_text = next((source.null_text for source in train if isinstance(source, PreparedSource)), None)
+    return Data(train, validation, pipeline.tokenize, pipeline.vae.config.downsampling, null_text)
+
+
+def scored(data: Config) -> bool:
+    """Whether captions can be judged: those of ShapesWorld alone."""
+    return all(map(_is_shapes_world, data.sources))
+
+
+def _is_shapes_world(spec: str) -> bool:
+    return spec.partition(":")[0] == _SHAPES_WORLD
+
+
+def _own_validation(source: Source) -> Source | None:
+    """What was held out when a folder was prepared."""
+    if isinstance(source, PreparedSource) and source.split == "train" and "validation" in source.manifest.shards:
+        return PreparedSource(source.folder, "validation")
+    return None
+
+
+def _shapes_world(data: Config, folder: Path, split: str) -> Source:
+    def build() -> Source:
+        counts = {"num_train": data.num_train, "num_validation": data.num_validation}
+        return shapes_world(folder, size=data.image_size, split=split, **counts)
+
+    return distributed.main_first(f"ShapesWorld {split}", build)
+
+
+def _put(mesh: Mesh, batch: Any, size: int) -> Batch:
+    for reason in batch["damaged"]:
+        logging.error("left out: %s", reason)
+    return sharding.put_rows(mesh, {name: x for name, x in batch.items() if name not in _FOR_THE_HOST}, size)

@@ -1,0 +1,66 @@
+"""The checkpoint that a run begins with: loaded, taken apart, spread over the mesh, put together again."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from d2f_jax import lora, sharding
+from d2f_jax import step as steps
+from d2f_jax.models.unet import Remat
+from d2f_jax.pipeline import Pipeline
+from d2f_jax.program import Config
+
+
+def load(config: Config) -> Pipeline:
+    return Pipeline.from_pretrained(
+        config.model, variant=config.variant or None, dtype=config.compute_dtype, convention=config.convention
+    )
+
+
+def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:
+    """The networks' structure, the parameters that stay, and those that are trained."""
+    unet, vae, text_encoder = (nnx.state(network) for network in (prior.unet, prior.vae, prior.text_encoder))
+    if not config.lora.enabled:
+        return networks(prior, config.remat), steps.Frozen(None, vae, text_encoder), unet
+    adapters = lora.init(unet, jax.random.key(config.seed), rank=config.lora.rank)
+    return networks(prior, config.remat), steps.Frozen(unet, vae, text_encoder), adapters
+
+
+def networks(prior: Pipeline, remat: Remat) -> steps.Networks:
+    prior.unet.set_remat(remat)
+    return steps.Networks(*(nnx.graphdef(network) for network in (prior.unet, prior.vae, prior.text_encoder)))
+
+
+def place(
+    mesh: Mesh, trained: Any, frozen: steps.Frozen, optimizer: optax.GradientTransformation, root_key: jax.Array
+) -> tuple[steps.TrainState, steps.Frozen]:
+    """The first state, and what stays, each device with its part of them."""
+    trained, frozen = sharding.put((trained, frozen), sharding.kept(mesh, (trained, frozen)))
+    init = functools.partial(steps.init_state, optimizer=optimizer)
+    shardings = sharding.kept(mesh, jax.eval_shape(init, trained, root_key=root_key))
+    return jax.jit(init, out_shardings=shardings)(trained, root_key=root_key), frozen
+
+
+def hollow(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with shapes in place of parameters, so that it holds no memory."""
+
+    def emptied(network: nnx.Module) -> Any:
+        graphdef, params = nnx.split(network)
+        return nnx.merge(graphdef, jax.eval_shape(lambda: params))
+
+    networks = {name: emptied(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")}
+    return dataclasses.replace(pipeline, **networks)
+
+
+def filled(pipeline: Pipeline, unet: nnx.State, frozen: steps.Frozen, image_size: int) -> Pipeline:
+    """A hollow pipeline with parameters in it again, the UNet's trained at `image_size`; compiled programs stay."""
+    params = {"unet": unet, "vae": frozen.vae, "text_encoder": frozen.text_encoder}
+    networks = {name: nnx.merge(nnx.graphdef(getattr(pipeline, name)), state) for name, state in params.items()}
+    sample_size = image_size // pipeline.vae.config.downsampling
+    networks["unet"].config = dataclasses.replace(networks["unet"].config, sample_size=sample_size)
+    return dataclasses.replace(pipeline, **networks)

@@ -1,0 +1,134 @@
+"""What a config may say, and whose a workdir is: all that is refused before anything is loaded or written."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from jax.sharding import Mesh
+
+from d2f_jax import distributed, optim, sharding
+from d2f_jax.alignment import Convention
+from d2f_jax.errors import InputError
+from d2f_jax.models.unet import Remat
+from d2f_jax.program import Config
+
+_CHOICES = {
+    "convention": get_args(Convention),
+    "compute_dtype": ("float32", "bfloat16"),
+    "remat": get_args(Remat),
+    "data.resize": ("aspect", "fixed"),
+    "data.crop": ("center", "random"),
+    "data.on_damage": ("stop", "skip"),
+    "train.optimizer": get_args(optim.Name),
+    "train.schedule": get_args(optim.Schedule),
+    "train.first_moment_dtype": ("float32", "bfloat16"),
+}
+_LEAST = {
+    "seed": 0,
+    "data.held_out": 0,
+    "data.num_train": 1,
+    "data.num_validation": 2,
+    "data.caption_dropout": 0,
+    "data.max_damaged": 0,
+    "data.num_workers": 0,
+    "train.num_steps": 1,
+    "train.accumulate": 1,
+    "train.learning_rate": 0,
+    "train.final_rate": 1e-9,
+    "train.warmup_steps": 0,
+    "train.b1": 0,
+    "train.b2": 0,
+    "train.weight_decay": 0,
+    "train.max_grad_norm": 1e-9,
+    "train.ema_decay": 0,
+    "train.ema_start": 0,
+    "train.max_bad_steps": 1,
+    "train.log_every": 1,
+    "train.checkpoint_every": 1,
+    "train.checkpoints_kept": 1,
+    "train.checkpoint_period": 0,
+    "eval.every": 1,
+    "eval.seed": 0,
+    "eval.num_loss_examples": 1,
+    "eval.num_images": 2,
+    "eval.batch_size": 1,
+    "eval.grid_images": 1,
+}
+_MOST = {"data.caption_dropout": 1, "train.ema_decay": 1, "train.final_rate": 1, "train.b1": 1, "train.b2": 1}
+# What a run may change when it goes on: where it runs and what it tells, never what it computes.
+_FREE = (
+    "config.mesh.",
+    "config.data.num_workers",
+    "config.data.max_damaged",
+    "config.train.log_every",
+    "config.train.profile_steps",
+    "config.train.checkpoint",
+    "config.train.max_bad_steps",
+    "config.eval.",
+    "config.wandb_project",
+)
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """Raises InputError for a value that no run can have."""
+    values = flat(config.to_dict())
+    for name, allowed in _CHOICES.items():
+        if values[f"config.{name}"] not in allowed:
+            raise InputError(
+                f"config.{name}={values[f'config.{name}']!r} is unknown; use one of {', '.join(map(str, allowed))}"
+            )
+    for name, bound in _LEAST.items():
+        value = values[f"config.{name}"]
+        if not value >= bound:  # as it is for nan
+            raise InputError(f"config.{name}={value} is too small; use {bound} or more")
+        if value > _MOST.get(name, value):
+            raise InputError(f"config.{name}={value} is too large; use {_MOST[name]} or less")
+    counts = config.eval.step_counts
+    if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
+        raise InputError(f"config.eval.step_counts={counts}: give whole numbers of steps, each 1 or more")
+    traced = config.train.profile_steps
+    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1]):
+        raise InputError(f"config.train.profile_steps={traced}: give the first and the last step, such as (20, 25)")
+    sources, weights = config.data.sources, config.data.weights
+    if not sources or not all(isinstance(source, str) and source for source in sources):
+        raise InputError(f"config.data.sources={sources}: give one or more, such as image_folder:FOLDER")
+    if weights and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
+        raise InputError(f"config.data.weights={weights}: give a positive number for each of {len(sources)} sources")
+    sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Makes `workdir` the run of `config`, written by the main process alone.
+
+    Raises InputError if it cannot be written, or belongs to another config: keys on which the result depends differ.
+    """
+    file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
+    if file.exists():
+        try:
+            before, now = flat(json.loads(file.read_text())), flat(json.loads(text))
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{file} is damaged ({error}); restore it or give another --workdir") from error
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        differing = [key for key in differing if not key.startswith(_FREE)]
+        if differing:
+            told = ", ".join(f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)" for key in differing)
+            raise InputError(f"workdir {workdir} belongs to another config: {told}; give another --workdir")
+    if distributed.is_main():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            part.write_text(text)
+            part.replace(file)
+        except OSError as error:
+            raise InputError(
+                f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir"
+            ) from error
+    distributed.barrier("claimed")
+
+
+def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
+    """`{"config.train.num_steps": 400, ...}`"""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return leaves

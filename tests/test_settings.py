@@ -1,0 +1,159 @@
+"""What a config may say, and whose a workdir is."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import images, quickstart
+from d2f_jax import InputError, settings, sharding, train
+
+MESH = sharding.make_mesh(2, 4)
+
+
+def changed(**changes: object) -> ConfigDict:
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [quickstart.get_config(), quickstart.get_config("lora"), images.get_config("image_folder:pictures")],
+    ids=["quickstart", "lora", "images"],
+)
+def test_what_the_configs_say_is_allowed(config: ConfigDict) -> None:
+    settings.check(config, MESH)
+
+
+CHOICES = {
+    "convention": "reference",
+    "compute_dtype": "bfloat16",
+    "remat": "blocks",
+    "data.resize": "fixed",
+    "data.crop": "random",
+    "data.on_damage": "skip",
+    "train.optimizer": "adafactor",
+    "train.schedule": "cosine",
+    "train.first_moment_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(("name", "other"), CHOICES.items(), ids=CHOICES.keys())
+def test_a_choice_is_one_of_those_named(name: str, other: str) -> None:
+    settings.check(changed(**{name: other}), MESH)
+    with pytest.raises(InputError, match=rf"config\.{name}='magic' is unknown; use one of .*\b{other}\b"):
+        settings.check(changed(**{name: "magic"}), MESH)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", -1, "is too small; use 0 or more"),
+        ("data.held_out", -1, "use 0 or more"),
+        ("data.num_train", 0, "use 1 or more"),
+        ("data.caption_dropout", 1.5, r"is too large; use 1 or less"),
+        ("data.num_workers", -1, "use 0 or more"),
+        ("train.num_steps", 0, "use 1 or more"),
+        ("train.accumulate", 0, "use 1 or more"),
+        ("train.learning_rate", -1e-4, "use 0 or more"),
+        ("train.learning_rate", float("nan"), "use 0 or more"),
+        ("train.final_rate", 0.0, "use 1e-09 or more"),
+        ("train.max_grad_norm", -1.0, "use 1e-09 or more"),
+        ("train.ema_decay", 1.01, "use 1 or less"),
+        ("train.b2", 2.0, "use 1 or less"),
+        ("train.max_bad_steps", 0, "use 1 or more"),
+        ("train.checkpoints_kept", 0, "use 1 or more"),
+        ("eval.every", 0, "use 1 or more"),
+        ("eval.num_images", 1, "use 2 or more"),
+        ("eval.seed", -1, "use 0 or more"),
+        ("eval.step_counts", (1, 0), "give whole numbers"),
+        ("eval.step_counts", (), "give whole numbers"),
+        ("train.profile_steps", (3,), "give the first and the last step"),
+        ("train.profile_steps", (3, 2), "give the first and the last step"),
+        ("data.sources", (), "give one or more"),
+        ("data.sources", ("",), "such as image_folder:FOLDER"),
+        ("data.weights", (1.0, 1.0), "give a positive number for each of 1 sources"),
+        ("data.weights", (0.0,), "give a positive number for each of 1 sources"),
+    ],
+)
+def test_values_that_no_run_can_have(name: str, value: object, said: str) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        settings.check(changed(**{name: value}), MESH)
+    assert f"config.{name}={value}" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, -8, 12])
+def test_every_device_gets_as_many_examples(size: int) -> None:
+    with pytest.raises(InputError, match=f"batch_size={size} does not divide over 8 devices; use a multiple of 8"):
+        settings.check(changed(**{"train.batch_size": size}), MESH)
+
+
+def test_the_parts_of_a_batch_divide_it() -> None:
+    settings.check(changed(**{"train.accumulate": 4}), MESH)
+    with pytest.raises(InputError, match=r"batch_size=32 .* 8 devices x 3 parts .* use a multiple of 24"):
+        settings.check(changed(**{"train.accumulate": 3}), MESH)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(-1, 3), (3, -1), (8, 2), (0, -1), (-1, -1), (1, 1)])
+def test_a_mesh_takes_all_devices(tmp_path: Path, data: int, fsdp: int) -> None:
+    assert len(jax.devices()) == 8
+    with pytest.raises(InputError, match=rf"mesh\.data={data}, config\.mesh\.fsdp={fsdp} make no mesh of 8 devices"):
+        train.train(changed(**{"mesh.data": data, "mesh.fsdp": fsdp}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path: Path) -> None:
+    settings.claim(tmp_path / "run", changed())
+    file = tmp_path / "run" / "config.json"
+    before = file.read_text()
+    assert json.loads(before) == json.loads(changed().to_json())
+    settings.claim(tmp_path / "run", changed())
+    with pytest.raises(InputError) as error:
+        settings.claim(tmp_path / "run", changed(**{"seed": 7, "train.learning_rate": 1e-5, "eval.every": 3}))
+    assert "config.seed (0 there, 7 here), config.train.learning_rate (0.0003 there, 1e-05 here)" in str(error.value)
+    assert "eval" not in str(error.value) and "another --workdir" in str(error.value)
+    assert file.read_text() == before
+    file.write_text(before.replace('"seed": 0', '"seed": 0, "sides": 6').replace('"remat": "none",', ""))
+    with pytest.raises(InputError, match=r"remat \(None there, 'none' here\), config\.sides \(6 there, None here\)"):
+        settings.claim(tmp_path / "run", changed())
+
+
+def test_where_a_run_goes_on_and_what_it_tells_may_change(tmp_path: Path) -> None:
+    settings.claim(tmp_path, changed())
+    free = {
+        "mesh.data": 1,
+        "mesh.fsdp": 8,
+        "data.num_workers": 2,
+        "data.max_damaged": 5,
+        "train.log_every": 1,
+        "train.profile_steps": (1, 2),
+        "train.checkpoint_every": 7,
+        "train.checkpoints_kept": 3,
+        "train.checkpoint_period": 14,
+        "train.max_bad_steps": 3,
+        "eval.every": 7,
+        "eval.step_counts": (3,),
+        "wandb_project": "d2f",
+    }
+    settings.claim(tmp_path, changed(**free))
+    now = settings.flat(json.loads((tmp_path / "config.json").read_text()))
+    assert all(
+        now[f"config.{key}"] == (list(value) if isinstance(value, tuple) else value) for key, value in free.items()
+    )
+
+
+@pytest.mark.parametrize("text", ['{"seed":', "[]", "7"])
+def test_a_damaged_config_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json is damaged .* another --workdir"):
+        settings.claim(tmp_path, changed())
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        settings.claim(tmp_path / "file" / "run", changed())
