@@ -7,6 +7,7 @@ So each holds a seal, the sizes and checksums of its files, which is compared be
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ State = TypeVar("State")
 Position = Mapping[str, Any]  # JSON: what the batches from here on depend on, beside the step
 
 _SEAL = "seal.json"
+_NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 _CHUNK = 1 << 24  # bytes read at once
 
 
@@ -31,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, every: int, keep: int, keep_period: int | None = None) -> None:
         self._folder, self._every, self._saving = folder.absolute(), every, 0
+        self._failure: SaveError | None = None
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -48,21 +51,22 @@ class Checkpoints:
         Damaged ones are reported and passed over, and deleted once an older one is restored. Raises InputError if there
         are checkpoints and all of them are damaged; then none is deleted.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        faults = []
-        for step in steps:
-            fault = damage(self._folder / str(step)) if distributed.is_main() else None
-            if distributed.from_main(fault is None):
-                restored = self._restore(step, state)
-                self._delete(steps[: steps.index(step)])
-                return restored["state"], restored["position"]
-            faults.append(f"{step}: {fault}")
-            logging.error("checkpoint %s of %s is damaged and passed over: %s", step, self._folder, fault)
-        if faults:
+        chosen, faults = self._newest_whole() if distributed.is_main() else (None, {})
+        # The main process's view is all that counts: network file systems may show each host another listing.
+        step = distributed.from_main(chosen if chosen is not None else _ALL_DAMAGED if faults else _NONE)
+        if step == _ALL_DAMAGED:
+            told = "; ".join(f"{step}: {fault}" for step, fault in faults.items()) or "named by the main process"
             raise InputError(
-                f"{self._folder}: no checkpoint is whole ({'; '.join(faults)}); put back a copy or give a new --workdir"
+                f"{self._folder}: no checkpoint is whole ({told}); put back a copy or give a new --workdir"
             )
-        return state, None
+        if step == _NONE:
+            return state, None
+        restored = self._restore(step, state)
+        for damaged in faults:  # the run will come to these steps again
+            shutil.rmtree(self._folder / str(damaged))
+        distributed.barrier("damaged checkpoints are gone")
+        self._manager.reload()
+        return restored["state"], restored["position"]
 
     def due(self, step: int) -> bool:
         return step % self._every == 0
@@ -90,8 +94,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the save under way, also when an error ends the run."""
+        """Waits for the save under way, also when an error ends the run.
+
+        A save that failed is told before what followed from it, such as metrics that find the disk full as well.
+        """
         self.wait()
+        if self._failure is not None:
+            raise self._failure
         self._manager.close()
 
     def _restore(self, step: int, state: Any) -> Any:
@@ -99,10 +108,16 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)
 
-    def _delete(self, steps: list[int]) -> None:
-        """Damaged checkpoints newer than the one in use: the run will come to these steps again."""
-        for step in steps:
-            self._manager.delete(step)
+    def _newest_whole(self) -> tuple[int | None, dict[int, str]]:
+        """Its step, and what is wrong with those after it."""
+        faults = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            fault = damage(self._folder / str(step))
+            if fault is None:
+                return step, faults
+            faults[step] = fault
+            logging.error("checkpoint %s of %s is damaged and passed over: %s", step, self._folder, fault)
+        return None, faults
 
     def _seal(self) -> None:
         """Called by Orbax, in its thread, when all is written and before it is committed."""
@@ -114,10 +129,11 @@ class Checkpoints:
     def _failed(self, error: Exception) -> SaveError:
         whole = max((step for step in self._manager.all_steps() if step != self._saving), default=None)
         left = "there is none before it" if whole is None else f"that of step {whole} is whole"
-        return SaveError(
+        self._failure = SaveError(
             f"the checkpoint of step {self._saving} was not written to {self._folder} ({_reason(error)}); {left}; "
             "mend it and start the same command again"
         )
+        return self._failure
 
 
 def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
@@ -131,9 +147,9 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
         options=ocp.CheckpointManagerOptions(create=False, read_only=True),
         item_handlers={"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
     ) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{folder} holds no checkpoint; give the checkpoints/ of a finished or running workdir")
+        step = distributed.from_main(_NONE if (latest := manager.latest_step()) is None else latest)
+        if step == _NONE:
+            raise InputError(f"{folder} holds no checkpoint; give the checkpoints/ of a workdir")
         if fault := damage(folder / str(step)):
             raise InputError(f"{folder / str(step)} is damaged: {fault}; put back a copy")
         # Orbax would leave out what is not in both of them.
@@ -150,11 +166,12 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        sealed = json.loads((checkpoint / _SEAL).read_text())
+        table = json.loads((checkpoint / _SEAL).read_text())
+        sealed = {name: (size, checksum) for name, (size, checksum) in table.items()}
         found = _files(checkpoint)
     except FileNotFoundError:
         return f"{_SEAL} is missing"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{_SEAL} cannot be read ({_reason(error)})"
     for name, (size, checksum) in sealed.items():
         if name not in found:

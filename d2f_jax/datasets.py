@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from d2f_jax import distributed, sharding
 from d2f_jax.checkpoint import Position
 from d2f_jax.data import prepared
-from d2f_jax.data.loader import train_batches
+from d2f_jax.data.loader import OnDamage, train_batches
 from d2f_jax.data.open import open_source
 from d2f_jax.data.prepared import PreparedSource
 from d2f_jax.data.shapes_world import shapes_world
@@ -37,6 +37,7 @@ class Data:
     tokenize: Tokenize
     downsampling: int  # pixels of an image to one of its latent
     null_text: np.ndarray | None  # text states of the empty caption, where captions come encoded
+    on_damage: OnDamage
 
     def position(self) -> Position:
         """What decides, beside the config and the step, which examples come next."""
@@ -52,11 +53,23 @@ class Data:
             )
 
     def examples(self, count: int) -> list[Example]:
-        """At most `count` held-out examples, in turn from each source; of the training ones if none are held out."""
+        """At most `count` held-out examples, in turn from each source; of the training ones if none are held out.
+
+        Raises InputError for one that cannot be read, unless such are skipped.
+        """
         sources = self.validation or self.train
         turns = itertools.zip_longest(*(range(len(source)) for source in sources))
-        places = [(k, i) for turn in turns for k, i in enumerate(turn) if i is not None][:count]
-        return [sources[k][i] for k, i in places]
+        found: list[Example] = []
+        for k, i in ((k, i) for turn in turns for k, i in enumerate(turn) if i is not None):
+            if len(found) == count:
+                break
+            try:
+                found.append(sources[k][i])
+            except (InputError, OSError) as error:
+                if self.on_damage == "stop":
+                    raise InputError(f"example {i} of source {k}: {error}") from error
+                logging.error("left out: example %s of source %s: %s", i, k, error)
+        return found
 
     def train_batches(self, config: Config, mesh: Mesh, first: int) -> Generator[Batch]:
         """Endless global batches on their devices from number `first` on, the next on its way while one is in use."""
@@ -105,7 +118,7 @@ class Data:
             image_size=config.data.image_size,
             latent_size=config.data.image_size // self.downsampling,
             resize=config.data.resize,
-            on_damage=config.data.on_damage,
+            on_damage=self.on_damage,
             **options,
         )
 
@@ -143,7 +156,7 @@ def open_data(data: Config, workdir: Path, pipeline: Pipeline, given: dict[str, 
         else:
             train.append(given[spec])
     null_text = next((source.null_text for source in train if isinstance(source, PreparedSource)), None)
-    return Data(train, validation, pipeline.tokenize, pipeline.vae.config.downsampling, null_text)
+    return Data(train, validation, pipeline.tokenize, pipeline.vae.config.downsampling, null_text, data.on_damage)
 
 
 def scored(data: Config) -> bool:
@@ -158,7 +171,8 @@ def _is_shapes_world(spec: str) -> bool:
 def _own_validation(source: Source) -> Source | None:
     """What was held out when a folder was prepared."""
     if isinstance(source, PreparedSource) and source.split == "train" and "validation" in source.manifest.shards:
-        return PreparedSource(source.folder, "validation")
+        own = PreparedSource(source.folder, "validation")
+        return own if len(own) else None
     return None
 
 

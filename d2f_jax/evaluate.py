@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d2f_jax import report
+from d2f_jax import distributed, report
 from d2f_jax.metrics import Scores
 from d2f_jax.pipeline import Pipeline, Sampler
 
@@ -60,7 +60,7 @@ def compare(
     noise = rows[0].pipeline.noise(seed, len(prompts), image_size, image_size)
     work = len(rows) * len(prompts) * sum(step_counts)
     images: list[list[np.ndarray]] = []
-    with tqdm(total=work, desc="sampling", unit="step") as bar:
+    with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
         for row in rows:
             images.append([])
             for num_steps in step_counts:

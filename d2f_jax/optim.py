@@ -41,10 +41,9 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
         case "adam":
             update = optax.adam(rate, **moments)
         case "adafactor":
-            # Rates are absolute here as with the others, not relative to the size of each parameter.
-            update = optax.adafactor(
-                rate, multiply_by_parameter_scale=False, weight_decay_rate=options.weight_decay or None
-            )
+            # As with the others, rates are not relative to the size of each parameter, and decay is in their measure.
+            decay = (lambda n: options.weight_decay * rate(n)) if options.weight_decay else None
+            update = optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay)
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), update)
 
 

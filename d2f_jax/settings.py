@@ -54,12 +54,19 @@ _LEAST = {
     "eval.batch_size": 1,
     "eval.grid_images": 1,
 }
-_MOST = {"data.caption_dropout": 1, "train.ema_decay": 1, "train.final_rate": 1, "train.b1": 1, "train.b2": 1}
+_MOST = {
+    "data.caption_dropout": 1,
+    "train.ema_decay": 1,
+    "train.final_rate": 1,
+    "train.b1": 0.99999,
+    "train.b2": 0.99999,
+}
 # What a run may change when it goes on: where it runs and what it tells, never what it computes.
 _FREE = (
     "config.mesh.",
     "config.data.num_workers",
     "config.data.max_damaged",
+    "config.data.on_damage",
     "config.train.log_every",
     "config.train.profile_steps",
     "config.train.checkpoint",
@@ -100,10 +107,11 @@ def check(config: Config, mesh: Mesh) -> None:
 def claim(workdir: Path, config: Config) -> None:
     """Makes `workdir` the run of `config`, written by the main process alone.
 
-    Raises InputError if it cannot be written, or belongs to another config: keys on which the result depends differ.
+    Raises InputError if it cannot be written, or holds steps of another config: keys on which the result depends
+    differ.
     """
     file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
-    if file.exists():
+    if file.exists() and _begun(workdir):
         try:
             before, now = flat(json.loads(file.read_text())), flat(json.loads(text))
         except (ValueError, AttributeError) as error:
@@ -124,6 +132,12 @@ def claim(workdir: Path, config: Config) -> None:
                 f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir"
             ) from error
     distributed.barrier("claimed")
+
+
+def _begun(workdir: Path) -> bool:
+    """Whether a step was taken: a start that was refused before, for its data perhaps, may be mended and repeated."""
+    metrics = workdir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:

@@ -34,7 +34,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
             f"use a divisor of {len(devices) // slices}"
         )
     if slices > 1:
-        array = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+        array = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+        )
     else:
         array = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     return Mesh(array, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -210,8 +210,9 @@ def loop(
             state, metrics = step(state, frozen, batch)
             done, stop = n + 1, preemption.reached(n + 1)
             watch.see(done, metrics)
-            # While steps are skipped, nothing replaces what was saved before they were.
-            if (stop or done == last or checkpoints.due(done)) and watch.settle() == 0:
+            # While steps are skipped, no more than is needed replaces what was saved before they were.
+            if stop or done == last or (checkpoints.due(done) and watch.settle() == 0):
+                watch.settle()
                 checkpoints.save(done, state, data.position())
             if stop and done < last:
                 checkpoints.wait()

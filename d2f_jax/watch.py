@@ -75,7 +75,7 @@ class Watch:
             self._bad_streak = int(values.pop("bad_streak"))
             self._judge(step, values)
             train = self._config.train
-            if step % train.log_every == 0 or step in (self._first + 1, train.num_steps):
+            if step % train.log_every == 0 or step in (1, train.num_steps):
                 applied = step - 1 - int(values["skipped_steps"])  # skipped steps do not move the schedule
                 values["learning_rate"] = float(self._insight.learning_rate(applied))
                 self._writer.write(step, values | self._speed(step))
@@ -114,7 +114,7 @@ class Watch:
 
     def _judge(self, step: int, values: dict[str, float]) -> None:
         train, data = self._config.train, self._config.data
-        if self._bad_streak >= train.max_bad_steps or (self._bad_streak and step == train.num_steps):
+        if self._bad_streak >= train.max_bad_steps:
             raise FloatingPointError(
                 f"{self._bad_streak} steps in a row up to step {step} were skipped: loss {values['loss']}, gradient "
                 f"norm {values['grad_norm']}; start again from an earlier checkpoint or in a new --workdir with "

@@ -8,7 +8,7 @@ Usage: launch/xpk.sh NAME --topology=TPU:SHAPE (--cluster=CLUSTER | --kubectl) [
 
 Submits a run that is started again after preemption (exit code 75) and goes on from its newest checkpoint.
 
-  --topology=T         slice, as in d2f_jax.plan: v4:2x2x4, v5e:4x8, v5p:2x2x2, v6e:4x4
+  --topology=T         slice: v4:2x2x4, v5e:4x8, v5p:2x2x2, v6e:4x4
   --slices=N           of that shape; 1 if not given
   --image=IMAGE        built from launch/Dockerfile. XPK without it adds this checkout to --base-image and installs it
                        when the run starts

@@ -195,8 +195,12 @@ def test_damage_is_told_and_weighs_nothing(
     assert not np.asarray(batch["image"])[np.asarray(batch["weight"]) == 0].any()
     lost = 8 - int(np.asarray(batch["weight"]).sum())
     assert lost > 0 and sum("left out" in r.message and "does not decode" in r.message for r in caplog.records) >= lost
+    assert len(data.examples(100)) == len(whole.train[0]) - len(whole.train[0]) // 3
+    strict = dataclasses.replace(data, on_damage="stop")
     with pytest.raises(InputError, match="does not decode"):
-        next(data.train_batches(config(model, f"image_folder:{pictures}"), MESH, 0))
+        next(strict.train_batches(run, MESH, 0))
+    with pytest.raises(InputError, match="does not decode"):
+        strict.examples(2)
 
 
 def test_what_was_prepared_otherwise_is_refused(model: Path, prepared: Path, tmp_path: Path) -> None:

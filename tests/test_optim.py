@@ -121,3 +121,9 @@ def test_before_its_start_the_average_is_a_copy() -> None:
 def test_average_of_a_constant_is_the_constant() -> None:
     tree = {"w": jax.random.normal(jax.random.key(0), (4,))}
     np.testing.assert_array_equal(optim.ema_update(tree, tree, jnp.float32(0.3))["w"], tree["w"])
+
+
+def test_adafactor_decays_in_the_measure_of_the_rate() -> None:
+    start = np.ones((2, 2), np.float32)
+    ended = trained(np.zeros((1, 2, 2), np.float32), start, name="adafactor", weight_decay=0.5)
+    np.testing.assert_allclose(ended, start * (1 - 0.1 * 0.5), rtol=1e-6)

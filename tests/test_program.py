@@ -84,9 +84,10 @@ def test_workdir_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_workdir_of_another_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 7}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
     line = refused(train(tmp_path))
     assert "config.seed (7 there, 0 here)" in line and "another --workdir" in line
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
     assert (tmp_path / "config.json").read_text() == '{"seed": 7}'
 
 

@@ -63,7 +63,7 @@ def test_a_choice_is_one_of_those_named(name: str, other: str) -> None:
         ("train.final_rate", 0.0, "use 1e-09 or more"),
         ("train.max_grad_norm", -1.0, "use 1e-09 or more"),
         ("train.ema_decay", 1.01, "use 1 or less"),
-        ("train.b2", 2.0, "use 1 or less"),
+        ("train.b2", 1.0, "use 0.99999 or less"),
         ("train.max_bad_steps", 0, "use 1 or more"),
         ("train.checkpoints_kept", 0, "use 1 or more"),
         ("eval.every", 0, "use 1 or more"),
@@ -110,6 +110,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     file = tmp_path / "run" / "config.json"
     before = file.read_text()
     assert json.loads(before) == json.loads(changed().to_json())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}')
     settings.claim(tmp_path / "run", changed())
     with pytest.raises(InputError) as error:
         settings.claim(tmp_path / "run", changed(**{"seed": 7, "train.learning_rate": 1e-5, "eval.every": 3}))
@@ -119,6 +120,14 @@ def test_a_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     file.write_text(before.replace('"seed": 0', '"seed": 0, "sides": 6').replace('"remat": "none",', ""))
     with pytest.raises(InputError, match=r"remat \(None there, 'none' here\), config\.sides \(6 there, None here\)"):
         settings.claim(tmp_path / "run", changed())
+
+
+def test_a_start_that_took_no_step_may_be_mended(tmp_path: Path) -> None:
+    settings.claim(tmp_path, changed(seed=7))
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
+    settings.claim(tmp_path, changed())
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 
 def test_where_a_run_goes_on_and_what_it_tells_may_change(tmp_path: Path) -> None:
@@ -148,6 +157,7 @@ def test_where_a_run_goes_on_and_what_it_tells_may_change(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ['{"seed":', "[]", "7"])
 def test_a_damaged_config_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
+    (tmp_path / "checkpoints" / "200").mkdir(parents=True)
     with pytest.raises(InputError, match=r"config\.json is damaged .* another --workdir"):
         settings.claim(tmp_path, changed())
     assert (tmp_path / "config.json").read_text() == text
