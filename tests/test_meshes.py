@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from d2f_jax import optim, prior, sharding, train
 from d2f_jax.checkpoint import Checkpoints
+from d2f_jax.step import TrainState
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -27,13 +28,13 @@ STEPS = 20
 SETTINGS = {
     "data.image_size": 16,
     "data.num_train": 48,
-    "data.num_validation": 10,
+    "data.num_validation": 6,
     "train.num_steps": STEPS,
     "train.batch_size": 8,
     "train.log_every": 1,
     "train.warmup_steps": 2,
     "eval.every": STEPS,
-    "eval.num_loss_examples": 10,
+    "eval.num_loss_examples": 6,
 }
 
 
@@ -60,9 +61,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> Path:
-    """The workdir of the run on one device."""
-    return run(folder, processes=1, devices=1, fsdp=1)
+def like(folder: Path) -> TrainState:
+    """A state of this run on one device, to read others into."""
+    of_one = config(folder, 1)
+    _, frozen, trained = prior.split(prior.load(of_one), of_one)
+    optimizer = optim.make_optimizer(train.make_optimizer_options(of_one))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return prior.place(mesh, trained, frozen, optimizer, jax.random.key(0))[0]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, like: TrainState) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """What the run on one device tells, and its parameters."""
+    workdir = run(folder, processes=1, devices=1, fsdp=1)
+    return told(workdir), parameters(workdir, like)
 
 
 def changes(folder: Path, fsdp: int) -> dict[str, Any]:
@@ -106,15 +118,10 @@ def told(workdir: Path) -> list[dict[str, float]]:
     return [{k: x for k, x in line.items() if not k.endswith(("per_second", "per_device"))} for line in lines]
 
 
-def parameters(folder: Path, workdir: Path) -> list[np.ndarray]:
-    """Trained ones and their average, of the last checkpoint, which any run's devices can read."""
-    of_one = config(folder, 1)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    _, frozen, trained = prior.split(prior.load(of_one), of_one)
-    optimizer = optim.make_optimizer(train.make_optimizer_options(of_one))
-    state, _ = prior.place(mesh, trained, frozen, optimizer, jax.random.key(0))
+def parameters(workdir: Path, like: TrainState) -> list[np.ndarray]:
+    """Trained ones and their average, of the last checkpoint: devices of any other mesh can read it."""
     with Checkpoints(workdir / "checkpoints", every=1, keep=9) as checkpoints:
-        state, _ = checkpoints.restore(state)
+        state, _ = checkpoints.restore(like)
     assert int(state.step) == STEPS
     return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (state.trained, state.ema)]
 
@@ -124,14 +131,16 @@ def parameters(folder: Path, workdir: Path) -> list[np.ndarray]:
     [(1, 8, 1), (1, 8, 8), (1, 8, 4), (2, 4, 1), (4, 2, 4)],
     ids=["data", "fsdp", "both", "two processes", "four processes that share the state"],
 )
-def test_numbers_do_not_depend_on_the_mesh(folder: Path, one: Path, processes: int, devices: int, fsdp: int) -> None:
+def test_numbers_do_not_depend_on_the_mesh(
+    folder: Path, like: TrainState, one: tuple[Any, Any], processes: int, devices: int, fsdp: int
+) -> None:
     workdir = run(folder, processes=processes, devices=devices, fsdp=fsdp)
-    expected, lines = told(one), told(workdir)
+    lines, (expected, parameters_of_one) = told(workdir), one
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1), STEPS]  # each is told once
     for ours, theirs in zip(lines, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert {"loss", "grad_norm"} < lines[0].keys() and {"validation_loss", "validation_loss/t0.875"} < lines[-1].keys()
     assert len({line["loss"] for line in lines[:-1]}) == STEPS
-    for x, y in zip(parameters(folder, workdir), parameters(folder, one), strict=True):
+    for x, y in zip(parameters(workdir, like), parameters_of_one, strict=True):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y) > 0
     assert len(list((workdir / "tensorboard").iterdir())) == 1
