@@ -24,7 +24,7 @@ State = TypeVar("State")
 Position = Mapping[str, Any]  # JSON: what the batches from here on depend on, beside the step
 
 _SEAL = "seal.json"
-_NONE, _ALL_DAMAGED = -1, -2  # in place of a step
+_NONE, _DAMAGED = -1, -2  # in place of a step
 _CHUNK = 1 << 24  # bytes read at once
 
 
@@ -53,8 +53,8 @@ class Checkpoints:
         """
         chosen, faults = self._newest_whole() if distributed.is_main() else (None, {})
         # The main process's view is all that counts: network file systems may show each host another listing.
-        step = distributed.from_main(chosen if chosen is not None else _ALL_DAMAGED if faults else _NONE)
-        if step == _ALL_DAMAGED:
+        step = distributed.from_main(chosen if chosen is not None else _DAMAGED if faults else _NONE)
+        if step == _DAMAGED:
             told = "; ".join(f"{step}: {fault}" for step, fault in faults.items()) or "named by the main process"
             raise InputError(
                 f"{self._folder}: no checkpoint is whole ({told}); put back a copy or give a new --workdir"
@@ -147,11 +147,14 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
         options=ocp.CheckpointManagerOptions(create=False, read_only=True),
         item_handlers={"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
     ) as manager:
-        step = distributed.from_main(_NONE if (latest := manager.latest_step()) is None else latest)
+        latest = manager.latest_step()
+        fault = damage(folder / str(latest)) if distributed.is_main() and latest is not None else None
+        step = distributed.from_main(_NONE if latest is None else _DAMAGED if fault else latest)
         if step == _NONE:
             raise InputError(f"{folder} holds no checkpoint; give the checkpoints/ of a workdir")
-        if fault := damage(folder / str(step)):
-            raise InputError(f"{folder / str(step)} is damaged: {fault}; put back a copy")
+        if step == _DAMAGED:
+            told = fault or "as the main process tells"
+            raise InputError(f"{folder / str(latest)} is damaged: {told}; put back a copy")
         # Orbax would leave out what is not in both of them.
         there, here = _shapes(manager.item_metadata(step)["state"]["ema"]), _shapes(like)
         if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
