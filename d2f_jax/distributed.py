@@ -77,13 +77,13 @@ def from_main(value: int) -> int:
 
 
 class Preemption:
-    """Turns SIGTERM, by which Slurm, Kubernetes and preempted TPU hosts warn, into a step at which all processes stop.
+    """Turns SIGTERM, by which Slurm, Kubernetes and preempted TPU hosts warn, into a place where all processes stop.
 
-    With several processes a warning to any of them counts: JAX's coordination service agrees on the step.
+    With several processes a warning to any of them counts: JAX's coordination service agrees on the place.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received, self._asked = False, 0
         self._previous: Any = None
 
     def __enter__(self) -> "Preemption":
@@ -95,10 +95,11 @@ class Preemption:
         if not jax.distributed.is_initialized():
             signal.signal(signal.SIGTERM, self._previous)
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; to be asked at every step, by every process."""
+    def reached(self) -> bool:
+        """Whether to stop here; to be asked again and again, at the same places by every process."""
+        self._asked += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._received
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:

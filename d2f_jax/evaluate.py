@@ -55,6 +55,7 @@ def compare(
     seed: int,
     image_size: int,
     score: Callable[[np.ndarray], Scores] | None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Samples `prompts` with every row and number of steps, from the same noise; `score` judges each set of images."""
     noise = rows[0].pipeline.noise(seed, len(prompts), image_size, image_size)
@@ -77,6 +78,7 @@ def compare(
                         )
                     )
                     bar.update(len(chunk) * num_steps)
+                    after_batch()
                 images[-1].append(np.concatenate(batches))
     scores = None if score is None else [[score(cell) for cell in row] for row in images]
     return Comparison(tuple(prompts), tuple(row.name for row in rows), tuple(step_counts), images, scores)

@@ -6,7 +6,8 @@ Takes the config's model, data, image size, resizing and compute dtype; pictures
 the order of the sources. DIR receives shards `train-00000-of-00012.array_record` (`validation-...` of what is held
 out), each with a `.json` when it is finished, and at last `manifest.json`. What is finished is not computed again: it
 may be killed at any time and goes on when the same command is started. Several processes (as for `d2f_jax.train`) deal
-the shards out among themselves; the files do not depend on their number.
+the shards out among themselves; the files do not depend on their number. Each process allows itself
+`config.data.max_damaged` examples that cannot be read, anew at each start.
 """
 
 import collections

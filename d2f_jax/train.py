@@ -83,7 +83,7 @@ def train(config: Config, workdir: Path) -> None:
         keep=config.train.checkpoints_kept,
         keep_period=config.train.checkpoint_period or None,
     )
-    with saved as checkpoints:
+    with distributed.Preemption() as preemption, saved as checkpoints:
         state, position = checkpoints.restore(state)
         data.check_position(position)
         if position is None and config.init_from:
@@ -94,13 +94,14 @@ def train(config: Config, workdir: Path) -> None:
         )
         with writing as writer:
             with contextlib.closing(Watch(config, workdir, mesh, writer, insight, first)) as watch:
-                state = loop(config, step, plain_step, state, frozen, data, mesh, checkpoints, watch)
+                state = loop(config, step, plain_step, state, frozen, data, mesh, checkpoints, watch, preemption)
             checkpoints.wait()
             params = insight.unet_params(state)
             del state  # makes room for the prior, which is read again to compare with
             unet, rest = sharding.to_host((params, frozen))
             export(config, pipeline, unet, rest, workdir)
-            finish(config, workdir, prior.load(config).on_mesh(mesh), insight.pipeline(params), data, writer)
+            before, after = prior.load(config).on_mesh(mesh), insight.pipeline(params)
+            finish(config, workdir, before, after, data, writer, preemption)
     distributed.barrier("finished")
 
 
@@ -189,6 +190,7 @@ def loop(
     mesh: Mesh,
     checkpoints: Checkpoints,
     watch: Watch,
+    preemption: distributed.Preemption,
 ) -> steps.TrainState:
     """Steps from `state.step` to the end. Raises Preempted when it was told to make room, and has saved.
 
@@ -197,10 +199,7 @@ def loop(
     first, last = int(state.step), config.train.num_steps
     if first and (first == last or first % config.eval.every == 0):
         watch.evaluate(first, state)  # again, or what a run that had to make room has not come to
-    with (
-        contextlib.closing(data.train_batches(config, mesh, first)) as incoming,
-        distributed.Preemption() as preemption,
-    ):
+    with contextlib.closing(data.train_batches(config, mesh, first)) as incoming:
         for n in range(first, last):
             batch = next(incoming)
             if n == first:
@@ -208,7 +207,7 @@ def loop(
                 step = step.lower(state, frozen, batch).compile()
                 watch.start_clock()
             state, metrics = step(state, frozen, batch)
-            done, stop = n + 1, preemption.reached(n + 1)
+            done, stop = n + 1, preemption.reached()
             watch.see(done, metrics)
             # While steps are skipped, no more than is needed replaces what was saved before they were.
             if stop or done == last or (checkpoints.due(done) and watch.settle() == 0):
@@ -230,9 +229,20 @@ def export(config: Config, pipeline: Pipeline, unet: nnx.State, frozen: steps.Fr
 
 
 def finish(
-    config: Config, workdir: Path, before: Pipeline, after: Pipeline, data: Data, writer: report.MetricsWriter
+    config: Config,
+    workdir: Path,
+    before: Pipeline,
+    after: Pipeline,
+    data: Data,
+    writer: report.MetricsWriter,
+    preemption: distributed.Preemption,
 ) -> None:
-    """Samples before and after, side by side; on ShapesWorld with scores."""
+    """Samples before and after, side by side; on ShapesWorld with scores. Raises Preempted when told to make room."""
+
+    def make_room() -> None:
+        if preemption.reached():
+            raise Preempted("told to make room after the training, which is saved; start the same command again")
+
     scored = datasets.scored(config.data)
     examples = data.examples(config.eval.num_images if scored else config.eval.grid_images)
     prompts = [example["text"] for example in examples]
@@ -251,6 +261,7 @@ def finish(
         seed=config.eval.seed,
         image_size=config.data.image_size,
         score=score,
+        after_batch=make_room,
     )
     if not distributed.is_main():
         return

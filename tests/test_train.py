@@ -250,6 +250,14 @@ def test_a_finished_run_is_not_trained_again(
     assert exported(finished) == before and lines(finished) == told
 
 
+def test_a_warning_while_the_last_pictures_are_drawn_is_heeded(
+    finished: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "export", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Preempted, match="after the training, which is saved"):
+        train.train(shrunk(quickstart.get_config(), model), finished)
+
+
 def test_a_run_begins_with_the_average_of_another(
     model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
