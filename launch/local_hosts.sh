@@ -23,21 +23,11 @@ Example: JAX_PLATFORMS=cpu launch/local_hosts.sh 2 --devices=2 -- --config=confi
 END
 }
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
+# shellcheck source=launch/common.bash disable=SC1091
+source "$(dirname "${BASH_SOURCE[0]}")/common.bash"
 
 whole_number() {
   [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || die "$1=$2: give a whole number, 1 or more"
-}
-
-quoted() { # arguments as one line that a shell reads back as they are
-  local argument line=""
-  for argument in "$@"; do
-    if [[ $argument =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=" $argument"; else line+=" ${argument@Q}"; fi
-  done
-  echo "${line# }"
 }
 
 processes="" devices="" port="" grace=60 module=d2f_jax.train dry_run=""

@@ -37,21 +37,11 @@ Example: launch/tpu_vm.sh up pod --zone=us-east5-b --type=v6e-16 --bucket=my-buc
 END
 }
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
+# shellcheck source=launch/common.bash disable=SC1091
+source "$(dirname "${BASH_SOURCE[0]}")/common.bash"
 
 note() {
   echo "$(date +%H:%M:%S) $name: $*" >&2
-}
-
-quoted() { # arguments as one line that a shell reads back as they are
-  local argument line=""
-  for argument in "$@"; do
-    if [[ $argument =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=" $argument"; else line+=" ${argument@Q}"; fi
-  done
-  echo "${line# }"
 }
 
 # On a TPU VM, called over ssh by the commands below: `host install BUCKET`, `host run ARGUMENT ...`, `host tail`,

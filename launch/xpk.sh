@@ -38,18 +38,8 @@ Example: launch/xpk.sh run1 --topology=v6e:4x4 --kubectl --image=IMAGE --bucket=
 END
 }
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-quoted() { # arguments as one line that a shell reads back as they are
-  local argument line=""
-  for argument in "$@"; do
-    if [[ $argument =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=" $argument"; else line+=" ${argument@Q}"; fi
-  done
-  echo "${line# }"
-}
+# shellcheck source=launch/common.bash disable=SC1091
+source "$(dirname "${BASH_SOURCE[0]}")/common.bash"
 
 run() { # a command, or its line in a dry run; says which one failed
   local code=0

@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.bash"), *LAUNCH.glob("*.sbatch")])
 AWKWARD = [
     "--config.note=two  words",
     "it's",
