@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ from d2f_jax.report import markdown_table
 ROOT = Path(__file__).parents[1]
 HANGS = 600  # seconds after which a run counts as one that never ends
 NOTICED = 60  # seconds in which a process has to notice that another one is gone
+BATCH, KEPT = 8, 4  # pictures in a batch, checkpoints
 SCENES = {"num_train": 24, "num_validation": 4}
 
 
@@ -51,7 +53,6 @@ class Job:
     folder: Path  # of what all its runs share: model, data, compiled programs
     steps: int = 40
     every: int = 5  # steps between checkpoints
-    kept: int = 4
     processes: int = 1
     devices: int = 1
 
@@ -71,11 +72,11 @@ class Job:
             "data.image_size": 16,
             **{f"data.{name}": count for name, count in SCENES.items()},
             "train.num_steps": self.steps,
-            "train.batch_size": 8,
+            "train.batch_size": BATCH,
             "train.warmup_steps": 2,
             "train.log_every": 1,
             "train.checkpoint_every": self.every,
-            "train.checkpoints_kept": self.kept,
+            "train.checkpoints_kept": KEPT,
             "eval.every": self.steps,
             "eval.num_loss_examples": 4,
             "eval.step_counts": "(1,)",
@@ -105,8 +106,9 @@ class Job:
         return variables
 
     @contextlib.contextmanager
-    def started(self, workdir: Path) -> Iterator[list["Process"]]:
-        """Its processes; those that still run at the end are killed."""
+    def started(self, workdir: Path, first: int | None = None) -> Iterator[list["Process"]]:
+        """Its processes, which go on from step `first`: the newest checkpoint if None. At the end they are killed."""
+        first = [0, *saved(workdir)][-1] if first is None else first
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         number, port, processes = len(list(logs.glob("*.0.log"))), free_port(), []
@@ -118,6 +120,14 @@ class Job:
         finally:
             for process in processes:
                 process.end(signal.SIGKILL)
+        began = processes[0].began()
+        assert began in (first, None), f"went on from step {began} and not {first}: {processes[0].log}"
+
+    def export(self, workdir: Path) -> None:
+        """Lets it run to the exported result; the samples after that, which are not compared, take as long again."""
+        with self.started(workdir) as processes:
+            exported = processes[0].wait_until(lambda process: bool(process.lines("sampling")))
+            assert exported, f"ended, and no fault was made: {processes[0].log}\n{processes[0].told()}"
 
     def finish(self, workdir: Path) -> float:
         """Starts it and lets it end; returns the seconds that took."""
@@ -160,6 +170,11 @@ class Process:
         if self._popen.poll() is None:
             self._popen.send_signal(number)
         return self._popen.wait(HANGS)
+
+    def began(self) -> int | None:
+        """The step from which it trains, by its progress bar; None if it did not come to that."""
+        bar = re.search(r"^training: .*?(\d+)/\d+ \[", self.log.read_text(errors="replace"), re.MULTILINE)
+        return int(bar[1]) // BATCH if bar else None
 
     def told(self) -> str:
         """The last of its lines that tells why it ended."""
@@ -219,13 +234,11 @@ def outcome(workdir: Path) -> dict[str, Any]:
     newest = workdir / "checkpoints" / str(saved(workdir)[-1])
     fault = damage(newest)
     assert fault is None, f"the last checkpoint of {workdir} is damaged: {fault}"
-    found: dict[str, Any] = {"checkpoints": (len(saved(workdir)), newest.name)}
+    found: dict[str, Any] = {"checkpoints": saved(workdir)[-KEPT:]}
     for path, array in jax.tree_util.tree_leaves_with_path(arrays(newest / "state")):
         found[jax.tree_util.keystr(path)] = (str(array.dtype), array.shape, array.tobytes())
-    for part in ("export", "samples"):
-        for file in sorted((workdir / part).rglob("*")):
-            found |= {str(file.relative_to(workdir)): file.read_bytes()} if file.is_file() else {}
-    found["scores.md"] = (workdir / "scores.md").read_bytes()
+    for file in sorted((workdir / "export").rglob("*")):
+        found |= {str(file.relative_to(workdir)): file.read_bytes()} if file.is_file() else {}
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [(record["step"], record["loss"], record["grad_norm"]) for record in records if "loss" in record]
     steps = [step for step, *_ in losses]
@@ -246,7 +259,9 @@ def assert_as_if_nothing_happened(workdir: Path, expected: dict[str, Any]) -> No
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     assert not differing, f"{workdir} differs from the uninterrupted run: {', '.join(differing[:9])}"
     parts = [str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.name.endswith(".part") or "-tmp" in p.name]
-    parts += [f"checkpoints/{p.name}" for p in (workdir / "checkpoints").iterdir() if damage(p) is not None]
+    # One that was being deleted when the run was killed may still be there, in part; the next save would finish that.
+    kept = [workdir / "checkpoints" / str(step) for step in saved(workdir)[-KEPT:]]
+    parts += [f"checkpoints/{p.name}" for p in kept if damage(p) is not None]
     assert not parts, f"{workdir} keeps what a fault has left: {', '.join(parts[:9])}"
 
 
@@ -398,14 +413,12 @@ def survive_damage(
     for step, spoil in zip(damaged, damages, strict=True):
         spoil(rng.choice(sealed(workdir / "checkpoints" / str(step))), rng)
         assert damage(workdir / "checkpoints" / str(step))
-    seal = workdir / "checkpoints" / str(before) / "seal.json"
-    written = seal.stat().st_mtime_ns
-    with job.started(workdir) as [process]:
+    with job.started(workdir, before) as [process]:
         code = process.wait(HANGS)
     assert code == 0, f"exit code {code} with damaged checkpoints: {process.log}\n{process.told()}"
     told = re.findall(r"checkpoint (\d+) of \S+ is damaged and passed over: (.*)", process.log.read_text())
     assert [int(step) for step, _ in told] == damaged[::-1], f"not each of {damaged} is told of once: {process.log}"
-    assert seal.stat().st_mtime_ns == written, f"the run did not go on from step {before}"
+    assert process.began() == before
     assert_as_if_nothing_happened(workdir, expected)
     return [why for _, why in told]
 
@@ -463,18 +476,24 @@ def tell(expected: dict[str, Any]) -> str:
 class Table:
     """Rows of what was shown; a broken law is a row too, and the rest goes on."""
 
-    def __init__(self) -> None:
-        self.rows: list[list[str]] = []
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._rows = folder, list[list[str]]()
         self.broken = False
 
     @contextlib.contextmanager
     def row(self, fault: str) -> Iterator[list[str]]:
-        begun, said, verdict = time.monotonic(), [], "as if nothing had happened"
+        begun, said = time.monotonic(), []
         try:
             yield said
         except AssertionError as error:
-            self.broken, verdict = True, f"BROKEN: {error}"
-        self.rows.append([fault, "; ".join(said), verdict, f"{time.monotonic() - begun:.0f}"])
+            self.broken = True
+            said.append(f"BROKEN: {error}")
+        for k, part in enumerate(said or [""]):
+            text = textwrap.shorten(part.replace(str(self._folder), "..."), 200, placeholder=" ...")
+            self._rows.append(["" if k else fault, text, "" if k else f"{time.monotonic() - begun:.0f}"])
+
+    def __str__(self) -> str:
+        return markdown_table(["fault", "what was seen", "seconds"], self._rows)
 
 
 def main() -> int:
@@ -492,12 +511,12 @@ def main() -> int:
         if any(folder.iterdir()):
             parser.error(f"--workdir={given} is not empty")
         table = show(folder, args.kills, args.seed, args.devices)
-    print("\n" + markdown_table(["fault", "what was seen", "after the same command again", "seconds"], table.rows))
+    print(f"\n{table}")
     return 1 if table.broken else 0
 
 
 def show(folder: Path, kills: int, seed: int, devices: int) -> Table:
-    table, job = Table(), Job(folder / "shared").prepare()
+    table, job = Table(folder), Job(folder / "shared", steps=400, every=40).prepare()
     pair = dataclasses.replace(job, steps=60, every=10, processes=2, devices=devices)
     losses = [(victim, where) for where in ("between saves", "during a save") for victim in (1, 0)]
     with tqdm(total=kills + 12, desc="uninterrupted", unit="fault") as bar:
@@ -505,15 +524,16 @@ def show(folder: Path, kills: int, seed: int, devices: int) -> Table:
         job.finish(finished)
         span = job.finish(folder / "again")  # now that all is compiled
         expected = outcome(finished)
+        same = f"in the end as if nothing had happened: {tell(expected)}"
         assert_as_if_nothing_happened(folder / "again", expected)
         bar.set_description("SIGKILL")
         with table.row(f"{kills} x SIGKILL") as said:
             hits = survive_kills(job, folder, expected, count=kills, span=span, seed=seed, bar=bar)
-            said += [f"{count} {where}" for where, count in hits.most_common()] + [f"compared: {tell(expected)}"]
+            said += [", ".join(f"{count} {where}" for where, count in hits.most_common()), same]
         bar.set_description("full disk")
         with table.row("disk full in a save") as said:
             newest = finished / "checkpoints" / str(job.steps)
-            said.append(survive_a_full_disk(job, folder / "full", expected, size_on_disk(newest)))
+            said += [survive_a_full_disk(job, folder / "full", expected, size_on_disk(newest)), same]
         bar.update()
         bar.set_description("damage")
         with table.row("each file of a checkpoint damaged") as said:
@@ -521,9 +541,9 @@ def show(folder: Path, kills: int, seed: int, devices: int) -> Table:
             assert not silent, f"nothing is told of: {', '.join(silent)}"
             said.append(f"{count} damages, each is told")
         bar.update()
-        for damages in [*((one,) for one in DAMAGES), DAMAGES]:
+        for k, damages in enumerate([*((one,) for one in DAMAGES), DAMAGES]):
             with table.row(f"newest checkpoints damaged: {', '.join(one.__name__ for one in damages)}") as said:
-                said += survive_damage(job, folder, expected, finished, damages, seed)
+                said += [*survive_damage(job, folder, expected, finished, damages, seed + k), same]
             bar.update()
         bar.set_description("two processes")
         pair.finish(folder / "two")
@@ -533,13 +553,13 @@ def show(folder: Path, kills: int, seed: int, devices: int) -> Table:
             with table.row(f"SIGKILL to process {victim} of 2, {where}") as said:
                 reached = between_saves(workdir, 10 * k + 12) if where == "between saves" else saving(workdir)
                 seconds, line = lose(pair, workdir, victim, reached)
-                said.append(f"the other ended after {seconds:.1f} s: {line}")
+                said.append(f"the other after {seconds:.1f} s: {line}")
             bar.update()
         with table.row("SIGTERM to process 1 of 2") as said:
             said.append(warn(pair, workdir, 1, between_saves(workdir, 42)))
             pair.finish(workdir)
             assert_as_if_nothing_happened(workdir, expected)
-            said.append(f"compared: {tell(expected)}")
+            said.append(f"in the end as if nothing had happened: {tell(expected)}")
         bar.update()
     return table
 

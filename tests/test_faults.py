@@ -47,7 +47,7 @@ def test_damaged_checkpoints_are_passed_over(run: Run, tmp_path: Path) -> None:
 def test_one_of_two_processes_is_lost(run: Run, tmp_path: Path) -> None:
     """First the one, then the one that coordinates, and then one is warned."""
     pair = dataclasses.replace(run.job, every=10, processes=2)
-    pair.finish(tmp_path / "straight")
+    pair.export(tmp_path / "straight")
     workdir = tmp_path / "lost"
     for victim, step in ((1, 12), (0, 14)):
         faults.lose(pair, workdir, victim, faults.between_saves(workdir, step))
