@@ -49,7 +49,7 @@ class Checkpoints:
         """The newest checkpoint that is whole, each array placed as in `state`; `state` itself if there is none yet.
 
         Damaged ones are reported and passed over, and deleted once an older one is restored. Raises InputError if there
-        are checkpoints and all of them are damaged; then none is deleted.
+        are checkpoints and all of them are damaged, and SaveError if one cannot be read; then none is deleted.
         """
         chosen, faults = self._newest_whole() if distributed.is_main() else (None, {})
         # The main process's view is all that counts: network file systems may show each host another listing.
@@ -167,15 +167,23 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None.
+
+    Raises SaveError if they cannot be read, as on a network file system for a while: that says nothing of them.
+    """
     try:
         table = json.loads((checkpoint / _SEAL).read_text())
         sealed = {name: (size, checksum) for name, (size, checksum) in table.items()}
-        found = _files(checkpoint)
     except FileNotFoundError:
         return f"{_SEAL} is missing"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _unreadable(checkpoint, error) from error
+    except (ValueError, TypeError, AttributeError) as error:
         return f"{_SEAL} cannot be read ({_reason(error)})"
+    try:
+        found = _files(checkpoint)
+    except OSError as error:
+        raise _unreadable(checkpoint, error) from error
     for name, (size, checksum) in sealed.items():
         if name not in found:
             return f"{name} is missing"
@@ -184,6 +192,13 @@ def damage(checkpoint: Path) -> str | None:
         if found[name][1] != checksum:
             return f"{name} has changed since it was written"
     return None
+
+
+def _unreadable(checkpoint: Path, error: OSError) -> SaveError:
+    return SaveError(
+        f"{error.filename or checkpoint} cannot be read ({error.strerror or error}); start the same command again, or "
+        f"delete {checkpoint} to go on from the one before"
+    )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -99,7 +99,8 @@ class Preemption:
         """Whether to stop here; to be asked again and again, at the same places by every process."""
         self._asked += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+            # JAX says so once; who does not stop at that place asks again.
+            self._received |= multihost_utils.reached_preemption_sync_point(self._asked)
         return self._received
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from d2f_jax import distributed
 from d2f_jax.errors import InputError, Preempted, SaveError
@@ -75,10 +74,10 @@ def _several() -> bool:
 def _parse(argv: Sequence[str]) -> list[str]:
     # A config file is the user's Python and an override is the user's typing: whatever they raise is about the input.
     try:
+        _check_config_file(argv)
         rest = flags.FLAGS(argv)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # the libraries' housekeeping is not for the user
-        _check_config_file()
     except AttributeError as error:
         # ml_collections hands over the key and perhaps a guess, as the representation of a string.
         key, *guess = str(error).replace("\\n", " ").replace("\\", "").replace("'", "").replace('"', "").split()
@@ -90,12 +89,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_config_file() -> None:
-    """ml_collections would tell of a missing one only when the config is first used."""
-    if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
-        if not file.is_file():
-            raise InputError(f"--config: there is no file {file}; give one such as configs/quickstart.py")
+def _check_config_file(argv: Sequence[str]) -> None:
+    """ml_collections would tell of a missing one only when the config is first used, and of an override before it."""
+    for given in argv[1:]:
+        name, _, value = given.lstrip("-").partition("=")
+        if "config" in flags.FLAGS and name == "config" and value:
+            file = Path(value.partition(":")[0])
+            if not file.is_file():
+                raise InputError(f"--config: there is no file {file}; give one such as configs/quickstart.py")
 
 
 def _refuse(error: Exception) -> None:

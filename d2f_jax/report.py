@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,11 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
+    def sync(self) -> None:
+        """Until what was written would survive the machine: a bucket that is mounted has it only then."""
+        if self._sinks:
+            os.fsync(self._lines.fileno())
+
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         if not self._sinks:
             return
@@ -69,12 +75,20 @@ def _reopened(file: Path, step: int) -> tuple[TextIO, list[str]]:
     """The file of lines, ready to go on after `step`, and those of `step`: later ones go, and what a kill has torn."""
     kept = []
     if file.exists():
-        steps = {line: json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]}
-        kept = [line for line in steps if steps[line] <= step]
+        steps = {line: _step(line) for line in file.read_text(errors="replace").split("\n")[:-1]}
+        kept = [line for line, of in steps.items() if of is not None and of <= step]
         part = file.with_suffix(".part")
         part.write_text("".join(line + "\n" for line in kept))
         part.replace(file)
-    return file.open("a"), [line for line in kept if json.loads(line)["step"] == step]
+    return file.open("a"), [line for line in kept if _step(line) == step]
+
+
+def _step(line: str) -> int | None:
+    """Of a line of metrics; None for one that is not whole."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _wandb_run(workdir: Path, project: str) -> Any:

@@ -56,10 +56,20 @@ def main() -> None:
 
 def train(config: Config, workdir: Path) -> None:
     """Runs `config` from start, or from the newest checkpoint in `workdir`, to the exported and evaluated end."""
+    with distributed.Preemption() as preemption:
+        run(config, workdir, preemption)
+
+
+def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> None:
+    """Raises Preempted when it was told to make room; the same command goes on."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check(config, mesh)
     pipeline = prior.load(config)
     pipeline.noise(0, 1, config.data.image_size, config.data.image_size)  # refuses a size the VAE does not divide
+    if max(config.eval.step_counts) > (most := pipeline.schedule.num_train_timesteps):
+        raise InputError(
+            f"config.eval.step_counts={config.eval.step_counts}: the model has {most} timesteps; give fewer"
+        )
     plain_networks = prior.networks(pipeline, "none")
     networks, frozen, trained = prior.split(pipeline, config)
     optimizer_options, options = make_optimizer_options(config), step_options(config, pipeline)
@@ -83,7 +93,7 @@ def train(config: Config, workdir: Path) -> None:
         keep=config.train.checkpoints_kept,
         keep_period=config.train.checkpoint_period or None,
     )
-    with distributed.Preemption() as preemption, saved as checkpoints:
+    with saved as checkpoints:
         state, position = checkpoints.restore(state)
         data.check_position(position)
         if position is None and config.init_from:
@@ -199,6 +209,8 @@ def loop(
     first, last = int(state.step), config.train.num_steps
     if first and (first == last or first % config.eval.every == 0):
         watch.evaluate(first, state)  # again, or what a run that had to make room has not come to
+    if first < last and preemption.reached():
+        raise Preempted(f"told to make room at step {first} of {last}; start the same command again")
     with contextlib.closing(data.train_batches(config, mesh, first)) as incoming:
         for n in range(first, last):
             batch = next(incoming)
@@ -211,7 +223,7 @@ def loop(
             watch.see(done, metrics)
             # While steps are skipped, no more than is needed replaces what was saved before they were.
             if stop or done == last or (checkpoints.due(done) and watch.settle() == 0):
-                watch.settle()
+                watch.sync()
                 checkpoints.save(done, state, data.position())
             if stop and done < last:
                 checkpoints.wait()

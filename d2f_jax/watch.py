@@ -82,6 +82,11 @@ class Watch:
                 self._bar.set_postfix(loss=f"{values['loss']:.4f}")
         return self._bad_streak
 
+    def sync(self) -> None:
+        """Looks at what is still out, and makes it last as a checkpoint does. Raises as `settle`."""
+        self.settle()
+        self._writer.sync()
+
     def evaluate(self, step: int, state: steps.TrainState) -> None:
         """The held-out loss, and samples of each number of steps but at the end, where the comparison draws more."""
         self.settle()

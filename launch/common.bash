@@ -1,4 +1,4 @@
-# What the launch scripts share; each of them sources it.
+# What tpu_vm.sh, xpk.sh and local_hosts.sh share and source.
 # shellcheck shell=bash
 
 die() {

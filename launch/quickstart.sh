@@ -3,6 +3,10 @@
 # Usage: ./launch/quickstart.sh [WORKDIR] [--config.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ ${1:-} == --help ]]; then
+  sed -n '2,3s/^# //p' launch/quickstart.sh
+  exit 0
+fi
 workdir=quickstart
 if [[ $# -gt 0 && $1 != --* ]]; then
   workdir=$1

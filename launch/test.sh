@@ -3,6 +3,10 @@
 # Usage: ./launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ ${1:-} == --help ]]; then
+  sed -n '2,3s/^# //p' launch/test.sh
+  exit 0
+fi
 ./launch/install.sh
 # By its exact version; a PyTorch that is already in .venv stays (CONTRIBUTING.md tells how to get the small CPU build).
 .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet 'torch==2.13.0'

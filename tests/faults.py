@@ -438,16 +438,13 @@ def survive_damage(
     return [why for _, why in told]
 
 
-def lose(
-    job: Job, workdir: Path, victim: int, reached: Callable[[Process], bool], within: float = 0
-) -> tuple[float, str]:
-    """SIGKILL to one of two processes, `within` seconds after the first has `reached` something.
+def lose(job: Job, workdir: Path, victim: int, reached: Callable[[Process], bool]) -> tuple[float, str]:
+    """SIGKILL to one of two processes when the first has `reached` something.
 
     Returns after how many seconds the other has ended, and its line.
     """
     with job.started(workdir) as processes:
         assert processes[0].wait_until(reached), f"ended before it was killed: {processes[0].log}"
-        time.sleep(within)
         lost, other = processes[victim], processes[1 - victim]
         assert lost.end(signal.SIGKILL) == -signal.SIGKILL, f"ended before it was killed: {lost.log}"
         since = time.monotonic()

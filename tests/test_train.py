@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from configs import images, quickstart
-from d2f_jax import InputError, Pipeline, sampling, train, weights
+from d2f_jax import InputError, Pipeline, distributed, sampling, train, weights
 from d2f_jax.checkpoint import Checkpoints
 from d2f_jax.data.sources import ImageFolder
 from d2f_jax.datasets import Data
@@ -256,6 +256,33 @@ def test_a_warning_while_the_last_pictures_are_drawn_is_heeded(
     monkeypatch.setattr(train, "export", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Preempted, match="after the training, which is saved"):
         train.train(shrunk(quickstart.get_config(), model), finished)
+
+
+def test_a_warning_while_a_run_is_loaded_is_heeded_before_it_trains(
+    finished: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = shrunk(quickstart.get_config(), model)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "tell_unsplit", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Preempted, match=f"told to make room at step 0 of {config.train.num_steps}"):
+            train.train(config, tmp_path)
+    assert not lines(tmp_path) and not checkpoints(tmp_path)
+    train.train(config, tmp_path)
+    assert exported(tmp_path) == exported(finished)
+
+
+def test_a_warning_to_several_processes_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    # JAX's coordination tells of it at one place only, which may be one where a run does not stop.
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.multihost_utils, "reached_preemption_sync_point", lambda place: place == 2)
+    with distributed.Preemption() as preemption:
+        assert [preemption.reached() for _ in range(4)] == [False, True, True, True]
+
+
+def test_more_steps_than_timesteps_are_refused_before_training(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"step_counts=\(1, 1001\): the model has 1000 timesteps"):
+        train.train(shrunk(quickstart.get_config(), model, **{"eval.step_counts": (1, 1001)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_begins_with_the_average_of_another(
