@@ -1,8 +1,8 @@
 """Checkpoints in diffusers' layout: loading, saving, and the one rule between their names and ours.
 
 Modules are named after the checkpoint's keys, so a parameter's key is its path with `kernel`, `scale` and `embedding`
-called `weight`, and its array is transposed by rank: convolutions HWIO <-> OIHW, linear layers IO <-> OI. The rule runs
-in both directions and is strict.
+called `weight`, and batch norm's statistics as PyTorch calls them; its array is transposed by rank: convolutions
+HWIO <-> OIHW, linear layers IO <-> OI. The rule runs in both directions and is strict.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ TINY_SD = Path(__file__).parent / "assets" / "tiny-sd"
 
 Model = TypeVar("Model", bound=nnx.Module)
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
+# Tensors that are no parameters: the positions' numbers, what batch norm counts in training, CLIP's temperature.
+_NO_PARAMETERS = ("position_ids", "num_batches_tracked", "logit_scale")
 # The autoencoder's attention in checkpoints written before diffusers 0.18.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _SHOWN = 8  # of the tensors at fault, in an error
@@ -53,9 +55,9 @@ def load_unet(
     """
     folder = component_folder(path_or_hub_id, "unet", variant=variant, revision=revision)
     config = UNetConfig.from_dict(_read_json(folder / "config.json"))
-    return _fill(
+    return fill(
         lambda: UNet2DConditionModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
-        _Tensors(folder, _DIFFUSERS, variant),
+        Tensors(_files(folder, _DIFFUSERS, variant), _modern),
     )
 
 
@@ -70,9 +72,9 @@ def load_vae(
     """The autoencoder, as `load_unet`."""
     folder = component_folder(path_or_hub_id, "vae", variant=variant, revision=revision)
     config = VAEConfig.from_dict(_read_json(folder / "config.json"))
-    return _fill(
+    return fill(
         lambda: AutoencoderKL(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
-        _Tensors(folder, _DIFFUSERS, variant),
+        Tensors(_files(folder, _DIFFUSERS, variant), _modern),
     )
 
 
@@ -87,9 +89,9 @@ def load_text_encoder(
     """The text encoder, as `load_unet`."""
     folder = component_folder(path_or_hub_id, "text_encoder", variant=variant, revision=revision)
     config = CLIPTextConfig.from_dict(_read_json(folder / "config.json"))
-    return _fill(
+    return fill(
         lambda: CLIPTextModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
-        _Tensors(folder, _TRANSFORMERS, variant),
+        Tensors(_files(folder, _TRANSFORMERS, variant), _modern),
     )
 
 
@@ -141,7 +143,7 @@ def save_pretrained(model: nnx.Module, folder: str | Path, *, dtype: DTypeLike |
 def key_of(path: tuple[Any, ...]) -> str:
     """The checkpoint's name of a parameter, from its path in the module."""
     *parents, leaf = path
-    return ".".join([*map(str, parents), _LEAVES[leaf]])
+    return ".".join(map(str, [*parents, _LEAVES.get(leaf, leaf)]))
 
 
 def swap_layout(path: tuple[Any, ...], array: np.ndarray, *, to_torch: bool) -> np.ndarray:
@@ -186,22 +188,28 @@ def _download(hub_id: str, component: str, variant: str | None, revision: str | 
     raise InputError(f"model {hub_id}: {reason}; give a diffusers folder or a hub id")
 
 
-class _Tensors:
-    """The tensors of a component by name, read one at a time, from one safetensors file or from an index's shards."""
+def _files(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """A component's safetensors file, or an index's shards."""
+    dotted = f".{variant}" if variant else ""
+    index = next(folder.glob(f"{stem}.safetensors.index{dotted}.json"), None)
+    single = folder / f"{stem}{dotted}.safetensors"
+    if index is not None and not single.exists():
+        return sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    return [single]
 
-    def __init__(self, folder: Path, stem: str, variant: str | None) -> None:
-        dotted = f".{variant}" if variant else ""
-        index = next(folder.glob(f"{stem}.safetensors.index{dotted}.json"), None)
-        single = folder / f"{stem}{dotted}.safetensors"
-        if index is not None and not single.exists():
-            files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
-        else:
-            files = [single]
-        self.folder = folder
+
+class Tensors:
+    """The tensors of safetensors files by name, read one at a time; `rename` gives a name as the module has it.
+
+    Raises InputError for a file that is missing or damaged.
+    """
+
+    def __init__(self, files: Sequence[Path], rename: Callable[[str], str] = str) -> None:
+        self.files = files
         self._where: dict[str, tuple[Any, str]] = {}
         for file in files:
             if not file.exists():
-                there = ", ".join(sorted(f.name for f in folder.glob("*.safetensors"))) or "none"
+                there = ", ".join(sorted(f.name for f in file.parent.glob("*.safetensors"))) or "none"
                 raise InputError(
                     f"{file} is missing (safetensors there: {there}); give the variant that is there, or the file"
                 )
@@ -209,7 +217,7 @@ class _Tensors:
                 handle = safetensors.safe_open(file, framework="numpy")
             except (OSError, safetensors.SafetensorError) as error:
                 raise InputError(f"{file} is damaged ({error}); download or copy it again") from error
-            self._where |= {_modern(name): (handle, name) for name in handle.keys()}  # noqa: SIM118
+            self._where |= {rename(name): (handle, name) for name in handle.keys()}  # noqa: SIM118
 
     def names(self) -> set[str]:
         return set(self._where)
@@ -232,22 +240,25 @@ def _modern(name: str) -> str:
     return name
 
 
-def _fill(build: Callable[[], Model], tensors: _Tensors) -> Model:
-    """The module with its parameters read tensor by tensor, so that no second copy of them is ever in memory."""
+def fill(build: Callable[[], Model], tensors: Tensors, *, fits: str = "its config.json") -> Model:
+    """The module with its parameters read tensor by tensor, so that no second copy of them is ever in memory.
+
+    Raises one InputError naming what is missing, unexpected or misshapen; `fits` is what they were expected to fit.
+    """
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     flat = dict(nnx.to_flat_state(abstract))
     keys = {path: key_of(path) for path in flat}
-    # Text encoders carry their position numbers as a tensor, which is no parameter.
-    present = {name for name in tensors.names() if not name.endswith("position_ids")}
+    present = {name for name in tensors.names() if not name.endswith(_NO_PARAMETERS)}
     faults = [f"missing {key}" for key in sorted(set(keys.values()) - present)]
     faults += [f"unexpected {key}" for key in sorted(present - set(keys.values()))]
     for path, variable in flat.items():
         wanted = swap_layout(path, np.empty(variable.shape, np.bool_), to_torch=True).shape
         if keys[path] in present and tensors.shape(keys[path]) != wanted:
-            faults.append(f"misshapen {keys[path]} {tensors.shape(keys[path])}, the config makes it {wanted}")
+            faults.append(f"misshapen {keys[path]} {tensors.shape(keys[path])}, should be {wanted}")
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise InputError(f"{tensors.folder} does not fit its config.json: {'; '.join(faults[:_SHOWN])}{more}")
+        place = tensors.files[0] if len(tensors.files) == 1 else tensors.files[0].parent
+        raise InputError(f"{place} does not fit {fits}: {'; '.join(faults[:_SHOWN])}{more}")
     for path, variable in flat.items():
         array = swap_layout(path, tensors.read(keys[path]), to_torch=False)
         flat[path] = variable.replace(jnp.asarray(array, variable.dtype))

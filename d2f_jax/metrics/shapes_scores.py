@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from d2f_jax.metrics.batches import check_pictures, in_batches
 from d2f_jax.metrics.captions import caption_accuracy
-from d2f_jax.metrics.classifier import Judgement, ShapesClassifier
+from d2f_jax.metrics.classifier import NUM_FEATURES, ShapesClassifier
 from d2f_jax.metrics.frechet import FeatureStatistics, frechet_distance
 
 
@@ -43,16 +44,12 @@ _BATCH = 64
 
 
 @nnx.jit
-def _apply(classifier: ShapesClassifier, images_BxHxWx3: jax.Array) -> Judgement:
-    return classifier(images_BxHxWx3.astype(jnp.float32) / 127.5 - 1)
+def _apply(classifier: ShapesClassifier, images_BxHxWx3: jax.Array) -> jax.Array:
+    return jnp.concatenate(classifier(images_BxHxWx3.astype(jnp.float32) / 127.5 - 1), -1)
 
 
 def _judge(classifier: ShapesClassifier, images_NxHxWx3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features and logits, in batches of one shape: the last is filled up, so that each size compiles once."""
-    if images_NxHxWx3.dtype != np.uint8:
-        raise ValueError(f"pictures must be uint8, not {images_NxHxWx3.dtype}")
-    count = len(images_NxHxWx3)
-    padded = np.pad(images_NxHxWx3, [(0, -count % _BATCH), (0, 0), (0, 0), (0, 0)])
-    parts = [_apply(classifier, jnp.asarray(batch)) for batch in np.split(padded, len(padded) // _BATCH)]
-    features, logits = (np.concatenate([np.asarray(x) for x in rows])[:count] for rows in zip(*parts, strict=True))
-    return features, logits
+    """Features and logits."""
+    check_pictures(images_NxHxWx3)
+    both_NxFP = in_batches(lambda batch: _apply(classifier, batch), images_NxHxWx3, _BATCH)
+    return both_NxFP[:, :NUM_FEATURES], both_NxFP[:, NUM_FEATURES:]
