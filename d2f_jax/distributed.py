@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import itertools
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +23,15 @@ from jax.experimental import multihost_utils
 from d2f_jax.errors import InputError
 
 Value = TypeVar("Value")
+
+
+class Mergeable(Protocol):
+    """What is gathered in parts, such as a metric's sums."""
+
+    def merge(self, other: Self, /) -> Self: ...
+
+
+Part = TypeVar("Part", bound=Mergeable)
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _HEARTBEAT_SECONDS = 30  # a host that is gone is noticed well within a minute, where no collective fails at once
@@ -74,6 +84,25 @@ def from_main(value: int) -> int:
     """The main process's `value`, in every process, however long it takes to find it."""
     barrier("value of the main process")
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def merged(part: Part) -> Part:
+    """What all processes have gathered, merged in their order: the same in each of them, to the bit.
+
+    `part` is this process's, of any size; it travels as bytes, so that float64 stays float64, and one after another, so
+    that a process holds two parts at a time and not all of them. To be called by every process.
+    """
+    if jax.process_count() == 1:
+        return part
+    barrier("parts to merge")
+    data = np.frombuffer(pickle.dumps(part), np.uint8)
+    whole = None
+    for process, size in enumerate(multihost_utils.process_allgather(np.int32(len(data)))):
+        mine = process == jax.process_index()
+        sent = multihost_utils.broadcast_one_to_all(data if mine else np.zeros(size, np.uint8), is_source=mine)
+        arrived = pickle.loads(np.asarray(sent).tobytes())
+        whole = arrived if whole is None else whole.merge(arrived)
+    return whole  # pyright: ignore[reportReturnType]
 
 
 class Preemption:

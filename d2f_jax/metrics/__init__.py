@@ -1,4 +1,4 @@
-"""Measures of generated pictures."""
+"""Measures of generated pictures and of depth."""
 
 from d2f_jax.metrics.captions import caption_accuracy as caption_accuracy
 from d2f_jax.metrics.captions import caption_pairs as caption_pairs
@@ -8,6 +8,10 @@ from d2f_jax.metrics.frechet import FeatureStatistics as FeatureStatistics
 from d2f_jax.metrics.frechet import frechet_distance as frechet_distance
 from d2f_jax.metrics.inception import inception_features as inception_features
 from d2f_jax.metrics.inception import load_inception as load_inception
+from d2f_jax.metrics.kernel import FeatureRows as FeatureRows
+from d2f_jax.metrics.kernel import KernelDistance as KernelDistance
+from d2f_jax.metrics.kernel import kernel_distance as kernel_distance
+from d2f_jax.metrics.means import Means as Means
 from d2f_jax.metrics.shapes_scores import Scores as Scores
 from d2f_jax.metrics.shapes_scores import feature_statistics as feature_statistics
 from d2f_jax.metrics.shapes_scores import shapes_scores as shapes_scores

@@ -13,21 +13,36 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean and covariance of features, gathered batch by batch: `of(a).merge(of(b))`; float64 throughout."""
+    """Mean and covariance of features, gathered batch by batch; float64 throughout.
+
+    `empty(F).add(batch).add(batch)` in every process, then `distributed.merged`: neither the batches nor how they lie
+    on processes changes the result.
+    """
 
     count: int
     mean_F: np.ndarray
     scatter_FxF: np.ndarray  # sum over samples of the outer products of (feature - mean)
 
     @classmethod
+    def empty(cls, num_features: int) -> "FeatureStatistics":
+        return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
+
+    @classmethod
     def of(cls, features_NxF: np.ndarray) -> "FeatureStatistics":
         features_NxF = np.asarray(features_NxF, np.float64)
+        if not len(features_NxF):
+            return cls.empty(features_NxF.shape[1])
         mean_F = features_NxF.mean(0)
         centred_NxF = features_NxF - mean_F
         return cls(len(features_NxF), mean_F, centred_NxF.T @ centred_NxF)
 
+    def add(self, features_NxF: np.ndarray) -> "FeatureStatistics":
+        return self.merge(FeatureStatistics.of(features_NxF))
+
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Of both sets together (Chan et al., 1979); no precision is lost where a mean is far from zero."""
+        if not self.count or not other.count:
+            return self if self.count else other
         count = self.count + other.count
         step_F = other.mean_F - self.mean_F
         between_FxF = np.outer(step_F, step_F) * (self.count * other.count / count)
