@@ -6,6 +6,8 @@ from d2f_jax.metrics.classifier import ShapesClassifier as ShapesClassifier
 from d2f_jax.metrics.classifier import load_classifier as load_classifier
 from d2f_jax.metrics.frechet import FeatureStatistics as FeatureStatistics
 from d2f_jax.metrics.frechet import frechet_distance as frechet_distance
+from d2f_jax.metrics.images import psnr as psnr
+from d2f_jax.metrics.images import ssim as ssim
 from d2f_jax.metrics.inception import inception_features as inception_features
 from d2f_jax.metrics.inception import load_inception as load_inception
 from d2f_jax.metrics.kernel import FeatureRows as FeatureRows
