@@ -4,6 +4,10 @@ from d2f_jax.metrics.captions import caption_accuracy as caption_accuracy
 from d2f_jax.metrics.captions import caption_pairs as caption_pairs
 from d2f_jax.metrics.classifier import ShapesClassifier as ShapesClassifier
 from d2f_jax.metrics.classifier import load_classifier as load_classifier
+from d2f_jax.metrics.depth import DepthErrors as DepthErrors
+from d2f_jax.metrics.depth import depth_errors as depth_errors
+from d2f_jax.metrics.depth_protocols import DEPTH_PROTOCOLS as DEPTH_PROTOCOLS
+from d2f_jax.metrics.depth_protocols import DepthProtocol as DepthProtocol
 from d2f_jax.metrics.frechet import FeatureStatistics as FeatureStatistics
 from d2f_jax.metrics.frechet import frechet_distance as frechet_distance
 from d2f_jax.metrics.images import psnr as psnr
