@@ -18,12 +18,13 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from jax.typing import DTypeLike
+from transformers import CLIPConfig as ClipFiles
 from transformers import CLIPTokenizer
 
 from d2f_jax.errors import InputError
-from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from d2f_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -95,6 +96,29 @@ def load_text_encoder(
     )
 
 
+def load_clip(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> CLIPModel:
+    """Both towers of CLIP, from a folder or hub id as transformers' `CLIPModel` has it; otherwise as `load_unet`."""
+    folder = component_folder(path_or_hub_id, "", revision=revision)
+    read = _read_json(folder / "config.json")
+    if read.get("model_type") != "clip":
+        raise InputError(f"{folder / 'config.json'}: model_type={read.get('model_type')!r} is not 'clip'")
+    try:  # transformers knows how older files tell the towers, and every default
+        filled = ClipFiles.from_dict(read).to_dict()
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    config = CLIPConfig.from_dicts(filled["text_config"], filled["vision_config"], filled["projection_dim"])
+    return fill(
+        lambda: CLIPModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        Tensors(_files(folder, _TRANSFORMERS, None)),
+    )
+
+
 def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> CLIPTokenizer:
     """The pipeline's tokenizer."""
     folder = component_folder(path_or_hub_id, "tokenizer", revision=revision)
@@ -160,7 +184,7 @@ def component_folder(
 ) -> Path:
     """The local folder of a pipeline's component: given as it is, inside a given pipeline's folder, or from the hub.
 
-    Raises InputError if there is none.
+    A model that is no pipeline is the component "". Raises InputError if there is none.
     """
     root = TINY_SD if path_or_hub_id == "tiny-sd" else Path(path_or_hub_id)
     if not root.is_dir():
@@ -180,7 +204,9 @@ def _download(hub_id: str, component: str, variant: str | None, revision: str | 
             [f"{stem}.{variant}*.safetensors"] if variant else [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"]
         )
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[f"{component}/{n}" for n in names]))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=[str(Path(component, n)) for n in names])
+        )
     except HFValidationError:
         reason = "there is no such folder, and it is no hub id (owner/name)"
     except (OSError, HfHubHTTPError) as error:

@@ -4,6 +4,9 @@ from d2f_jax.metrics.captions import caption_accuracy as caption_accuracy
 from d2f_jax.metrics.captions import caption_pairs as caption_pairs
 from d2f_jax.metrics.classifier import ShapesClassifier as ShapesClassifier
 from d2f_jax.metrics.classifier import load_classifier as load_classifier
+from d2f_jax.metrics.clip_score import Clip as Clip
+from d2f_jax.metrics.clip_score import clip_pixels as clip_pixels
+from d2f_jax.metrics.clip_score import load_clip_score as load_clip_score
 from d2f_jax.metrics.depth import DepthErrors as DepthErrors
 from d2f_jax.metrics.depth import depth_errors as depth_errors
 from d2f_jax.metrics.depth_protocols import DEPTH_PROTOCOLS as DEPTH_PROTOCOLS
