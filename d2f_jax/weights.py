@@ -122,6 +122,9 @@ def load_clip(
 def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> CLIPTokenizer:
     """The pipeline's tokenizer."""
     folder = component_folder(path_or_hub_id, "tokenizer", revision=revision)
+    # transformers would make a tokenizer without a vocabulary, to which every text is the same.
+    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
+        raise InputError(f"{folder} holds no tokenizer.json and no vocab.json; add the tokenizer's files")
     try:
         return CLIPTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -1,4 +1,14 @@
-"""Measures of generated pictures and of depth."""
+"""Measures of generated pictures and of depth.
+
+Each is gathered batch by batch in every process, and `distributed.merged` gives all of them the whole:
+
+    statistics, means = FeatureStatistics.empty(2048), Means()
+    for images, texts in batches_of_this_process:
+        statistics = statistics.add(inception_features(inception, images))
+        means = means.add({"clip_score": clip(images, texts)})
+    fid = frechet_distance(distributed.merged(statistics), reference)
+    clip_score = distributed.merged(means).means()["clip_score"]
+"""
 
 from d2f_jax.metrics.captions import caption_accuracy as caption_accuracy
 from d2f_jax.metrics.captions import caption_pairs as caption_pairs

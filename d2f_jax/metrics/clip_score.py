@@ -29,8 +29,9 @@ class Clip:
     def __call__(self, images_NxHxWx3: np.ndarray, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """100 max(cosine, 0), float64 [N], of uint8 pictures of any size and the text of each; from 0 to 100.
 
-        As torchmetrics' `CLIPScore` documents it. Texts too long for the model are cut, keeping the token that ends
-        them. Raises `ValueError` for pictures that are not uint8 [N, H, W, 3] or not as many as texts.
+        As torchmetrics' `CLIPScore` documents it; its code clamps the mean instead, which is the same unless a cosine
+        is negative. Texts too long for the model are cut, keeping the token that ends them. Raises `ValueError` for
+        pictures that are not uint8 [N, H, W, 3] or not as many as texts.
         """
         check_pictures(images_NxHxWx3)
         if len(images_NxHxWx3) != len(texts):
@@ -52,7 +53,16 @@ def load_clip_score(path_or_hub_id: str | Path | None) -> Clip:
             "and the tokenizer's files, or a hub id such as openai/clip-vit-large-patch14 (a folder with "
             "pytorch_model.bin becomes one by transformers' CLIPModel.from_pretrained(A).save_pretrained(B))"
         )
-    return Clip(weights.load_clip(path_or_hub_id), weights.Tokenize(weights.load_tokenizer(path_or_hub_id)))
+    folder = weights.component_folder(path_or_hub_id, "")
+    model, tokenizer = weights.load_clip(folder), weights.load_tokenizer(folder)
+    text = model.config.text
+    if len(tokenizer) > text.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}; give its own"
+        )
+    # Not every tokenizer's files tell how much its model reads.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    return Clip(model, weights.Tokenize(tokenizer))
 
 
 def clip_pixels(images_NxHxWx3: np.ndarray, size: int) -> np.ndarray:

@@ -128,6 +128,27 @@ def test_score_does_not_depend_on_the_batches(ours: Clip) -> None:
     assert parts[0].merge(parts[1]).means()["clip_score"] == pytest.approx(whole.mean(), abs=1e-4)
 
 
+def test_of_a_hub_id_the_files_at_its_root_are_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert hub_id == "someone/clip" and revision is None
+        assert {"model.safetensors", "*.json"} <= set(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(weights, "snapshot_download", fetched)
+    assert weights.load_clip("someone/clip").config.vision.image_size == 48
+
+
+def test_the_tokenizer_fits_the_model(theirs, folder: Path, tokenizer, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(folder / name)  # without the file that tells the length
+    assert load_clip_score(tmp_path).tokenize(TEXTS).shape == (4, theirs.config.text_config.max_position_embeddings)
+    (tmp_path / "other").mkdir()
+    twins.written(clip(twins.SMALL_CLIP, VISION, 20), tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="the tokenizer has 272 tokens, the model 99"):
+        load_clip_score(tmp_path / "other")
+
+
 def test_without_a_model_there_is_no_number(folder: Path, tmp_path: Path, ours: Clip) -> None:
     with pytest.raises(InputError, match=r"needs a CLIP model, and none is given; .*save_pretrained"):
         load_clip_score(None)
@@ -140,6 +161,11 @@ def test_without_a_model_there_is_no_number(folder: Path, tmp_path: Path, ours: 
     tensors.pop("visual_projection.weight")
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"does not fit its config\.json: missing visual_projection\.weight"):
+        load_clip_score(tmp_path)
+    safetensors.torch.save_file(
+        tensors | {"visual_projection.weight": torch.zeros(20, 32)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json and no vocab\.json"):
         load_clip_score(tmp_path)
     for config, told in (
         ({"model_type": "siglip"}, "model_type='siglip' is not 'clip'"),
