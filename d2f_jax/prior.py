@@ -27,8 +27,12 @@ def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen
     unet, vae, text_encoder = (nnx.state(network) for network in (prior.unet, prior.vae, prior.text_encoder))
     if not config.lora.enabled:
         return networks(prior, config.remat), steps.Frozen(None, vae, text_encoder), unet
-    adapters = lora.init(unet, jax.random.key(config.seed), rank=config.lora.rank)
-    return networks(prior, config.remat), steps.Frozen(unet, vae, text_encoder), adapters
+    trained = lora.init(unet, jax.random.key(config.seed), lora_targets(config))
+    return networks(prior, config.remat), steps.Frozen(unet, vae, text_encoder), trained
+
+
+def lora_targets(config: Config) -> lora.Targets:
+    return lora.Targets(**{name: config.lora[name] for name in config.lora if name not in ("enabled", "scale")})
 
 
 def networks(prior: Pipeline, remat: Remat) -> steps.Networks:

@@ -23,6 +23,7 @@ _CHOICES = {
     "train.schedule": get_args(optim.Schedule),
     "train.first_moment_dtype": ("float32", "bfloat16"),
 }
+_LORA_GROUPS = ("self_attention", "cross_attention", "conv", "mlp")
 _LEAST = {
     "seed": 0,
     "data.held_out": 0,
@@ -31,6 +32,8 @@ _LEAST = {
     "data.caption_dropout": 0,
     "data.max_damaged": 0,
     "data.num_workers": 0,
+    "lora.scale": 1e-9,
+    **{f"lora.{group}_{size}": 0 for group in _LORA_GROUPS for size in ("rank", "ratio")},
     "train.num_steps": 1,
     "train.accumulate": 1,
     "train.learning_rate": 0,
@@ -55,6 +58,7 @@ _LEAST = {
     "eval.grid_images": 1,
 }
 _MOST = {
+    **{f"lora.{group}_ratio": 1 for group in _LORA_GROUPS},
     "data.caption_dropout": 1,
     "train.ema_decay": 1,
     "train.final_rate": 1,
@@ -90,6 +94,12 @@ def check(config: Config, mesh: Mesh) -> None:
             raise InputError(f"config.{name}={value} is too small; use {bound} or more")
         if value > _MOST.get(name, value):
             raise InputError(f"config.{name}={value} is too large; use {_MOST[name]} or less")
+    for group in _LORA_GROUPS:
+        rank, ratio = (values[f"config.lora.{group}_{size}"] for size in ("rank", "ratio"))
+        if rank and ratio:
+            raise InputError(
+                f"config.lora.{group}_rank={rank} and config.lora.{group}_ratio={ratio} both say the rank; set one to 0"
+            )
     counts = config.eval.step_counts
     if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
         raise InputError(f"config.eval.step_counts={counts}: give whole numbers of steps, each 1 or more")

@@ -21,8 +21,11 @@ def changed(**changes: object) -> ConfigDict:
 
 @pytest.mark.parametrize(
     "config",
-    [quickstart.get_config(), quickstart.get_config("lora"), images.get_config("image_folder:pictures")],
-    ids=["quickstart", "lora", "images"],
+    [
+        *map(quickstart.get_config, ("", *quickstart.LORA)),
+        *map(images.get_config, ("image_folder:pictures", "lora_base:image_folder:pictures")),
+    ],
+    ids=["quickstart", *quickstart.LORA, "images", "images with lora_base"],
 )
 def test_what_the_configs_say_is_allowed(config: ConfigDict) -> None:
     settings.check(config, MESH)
@@ -56,6 +59,11 @@ def test_a_choice_is_one_of_those_named(name: str, other: str) -> None:
         ("data.num_train", 0, "use 1 or more"),
         ("data.caption_dropout", 1.5, r"is too large; use 1 or less"),
         ("data.num_workers", -1, "use 0 or more"),
+        ("lora.scale", 0.0, "use 1e-09 or more"),
+        ("lora.conv_rank", -1, "use 0 or more"),
+        ("lora.mlp_ratio", -0.1, "use 0 or more"),
+        ("lora.self_attention_ratio", 1.5, "use 1 or less"),
+        ("lora.cross_attention_ratio", 0.2, "both say the rank; set one to 0"),
         ("train.num_steps", 0, "use 1 or more"),
         ("train.accumulate", 0, "use 1 or more"),
         ("train.learning_rate", -1e-4, "use 0 or more"),
@@ -167,3 +175,10 @@ def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         settings.claim(tmp_path / "file" / "run", changed())
+
+
+def test_adapters_of_one_s_own_pictures() -> None:
+    config = images.get_config("lora_base:image_folder:a:b")
+    assert config.data.sources == ("image_folder:a:b",)
+    assert config.lora == quickstart.get_config("lora_base").lora
+    assert not images.get_config("image_folder:a:b").lora.enabled

@@ -136,6 +136,9 @@ def test_nothing_is_split_along_data() -> None:
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree))
 
 
+ADAPTED = lora.Targets(self_attention_rank=16, cross_attention_rank=16, attention_out=True)
+
+
 @functools.cache
 def abstract_unet(config: UNetConfig) -> nnx.State:
     return nnx.split(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))))[1]
@@ -152,7 +155,7 @@ def test_a_device_keeps_its_share_of_stable_diffusion(config: dict[str, Any], wi
     trained = abstract_unet(UNetConfig(**config))
     assert 859e6 < sum(x.size for x in jax.tree.leaves(trained)) < 867e6
     if with_lora:
-        trained = jax.eval_shape(functools.partial(lora.init, key=jax.random.key(0), rank=16), trained)
+        trained = jax.eval_shape(functools.partial(lora.init, key=jax.random.key(0), targets=ADAPTED), trained)
     init = functools.partial(steps.init_state, optimizer=OPTIMIZER, root_key=jax.random.key(0))
     kept = parts_of_state(jax.eval_shape(init, trained))
     placed = list(zip(jax.tree.leaves(kept), jax.tree.leaves(sharding.kept(mesh, kept)), strict=True))
@@ -163,7 +166,7 @@ def test_a_device_keeps_its_share_of_stable_diffusion(config: dict[str, Any], wi
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 def test_every_device_keeps_its_share_of_tiny_sd(with_lora: bool) -> None:
     unet = nnx.state(load_unet("tiny-sd"))
-    trained = lora.init(unet, jax.random.key(0), rank=16) if with_lora else unet
+    trained = lora.init(unet, jax.random.key(0), ADAPTED) if with_lora else unet
     frozen = steps.Frozen(unet if with_lora else None, nnx.State({}), nnx.State({}))
     state, frozen = prior.place(mesh_of(1, 8), trained, frozen, OPTIMIZER, jax.random.key(0))
     for kept in (parts_of_state(state), frozen) if with_lora else (parts_of_state(state),):

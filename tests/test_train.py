@@ -413,6 +413,6 @@ def test_what_has_diverged_is_neither_saved_nor_exported(model_without_cones: Pa
 
 
 def test_a_refused_run_claims_no_workdir(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="lora rank 999"):
-        train.train(shrunk(quickstart.get_config("lora"), model, **{"lora.rank": 999}), tmp_path / "run")
+    with pytest.raises(InputError, match="conv_rank=999 is more than"):
+        train.train(shrunk(quickstart.get_config("lora"), model, **{"lora.conv_rank": 999}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
