@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import CLIPTokenizer
 
-from d2f_jax import alignment, sampling, sharding, weights
+from d2f_jax import alignment, lora, lora_files, sampling, sharding, weights
 from d2f_jax.alignment import Convention
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
@@ -94,6 +94,16 @@ class Pipeline:
             graphdef, params = nnx.split(getattr(self, name))
             networks[name] = nnx.merge(graphdef, sharding.put(params, sharding.kept(mesh, params)))
         return dataclasses.replace(self, **networks, mesh=mesh, _programs={})
+
+    def with_lora(self, file: str | Path, *, scale: float = 1.0) -> "Pipeline":
+        """The same pipeline with adapters in its UNet, at `scale` times their own; a run's, PEFT's or kohya's file.
+
+        What was trained fully replaces the base at any scale. Raises InputError for a file that does not fit the UNet.
+        """
+        graphdef, params = nnx.split(self.unet)
+        loaded = lora_files.load(file, params)
+        unet = nnx.merge(graphdef, lora.merge(params, loaded.trained, scale=scale * loaded.scale))
+        return dataclasses.replace(self, unet=unet)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads.

@@ -17,6 +17,7 @@ from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline, Sampler
 
 _MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id, or the embedded tiny-sd.")
+_LORA = flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat for more.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
@@ -53,6 +54,8 @@ def main() -> None:
     pipeline = Pipeline.from_pretrained(
         _MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value, convention=cast(Convention, _CONVENTION.value)
     )
+    if _LORA.value is not None:
+        pipeline = pipeline.with_lora(_LORA.value)
     noise = pipeline.noise(_SEED.value, len(prompts), _HEIGHT.value, _WIDTH.value)
     images = []
     with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:

@@ -3,8 +3,9 @@
     python -m d2f_jax.train --config=configs/quickstart.py --workdir=DIR [--config.train.num_steps=1000 ...]
 
 DIR holds `config.json`, `metrics.jsonl`, TensorBoard events, `checkpoints/`, `samples/`, `scores.md` and `export/`, the
-result as a diffusers folder. Starting the same command again goes on from the newest checkpoint as if nothing had
-happened. Exit codes: 0 done, 1 failed, 2 the input is wrong, 75 saved and told to make room (start it again).
+result as a diffusers folder, and `lora/`, adapters by themselves. Starting the same command again goes on from the
+newest checkpoint as if nothing had happened. Exit codes: 0 done, 1 failed, 2 the input is wrong, 75 saved and told to
+make room (start it again).
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from d2f_jax import (
     datasets,
     distributed,
     evaluate,
+    lora_files,
     metrics,
     optim,
     prior,
@@ -107,9 +109,9 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
                 state = loop(config, step, plain_step, state, frozen, data, mesh, checkpoints, watch, preemption)
             checkpoints.wait()
             params = insight.unet_params(state)
+            unet, rest, average = sharding.to_host((params, frozen, state.ema if config.lora.enabled else None))
             del state  # makes room for the prior, which is read again to compare with
-            unet, rest = sharding.to_host((params, frozen))
-            export(config, pipeline, unet, rest, workdir)
+            export(config, pipeline, unet, rest, average, workdir)
             before, after = prior.load(config).on_mesh(mesh), insight.pipeline(params)
             finish(config, workdir, before, after, data, writer, preemption)
     distributed.barrier("finished")
@@ -233,10 +235,18 @@ def loop(
     return state
 
 
-def export(config: Config, pipeline: Pipeline, unet: nnx.State, frozen: steps.Frozen, workdir: Path) -> None:
-    """Writes the result as a diffusers folder, in the main process."""
+def export(
+    config: Config, pipeline: Pipeline, unet: nnx.State, frozen: steps.Frozen, adapters: Any, workdir: Path
+) -> None:
+    """Writes the result as a diffusers folder, and adapters by themselves too, in the main process."""
     if distributed.is_main():
         prior.filled(pipeline, unet, frozen, config.data.image_size).save_pretrained(workdir / "export")
+        if frozen.unet is not None:
+            scale, folder = config.lora.scale, workdir / "lora"
+            lora_files.save(folder / "adapters.safetensors", adapters, prior.lora_targets(config), scale=scale)
+            beside = lora_files.export(folder / "pytorch_lora_weights.safetensors", adapters, frozen.unet, scale=scale)
+            if beside is not None:
+                print(f"biases and norms that were trained are no LoRA, and stand in {beside}")
     distributed.barrier("exported")
 
 

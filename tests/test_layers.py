@@ -11,7 +11,7 @@ LAYERS = [
     {"schedule", "flow", "alignment", "sampling"},
     {"models", "lora"},
     {"chips", "distributed", "objectives", "optim", "sharding", "step", "validation"},
-    {"checkpoint", "data", "metrics", "report", "weights"},
+    {"checkpoint", "data", "lora_files", "metrics", "report", "weights"},
     {"pipeline"},
     {"datasets", "evaluate", "prepare", "prior", "program", "sample", "settings", "train", "watch"},
 ]

@@ -18,6 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_file
 
 from configs import images, quickstart
 from d2f_jax import InputError, Pipeline, distributed, sampling, train, weights
@@ -235,6 +236,33 @@ def test_resumed_is_uninterrupted(
     positions = [(run / "checkpoints" / "6" / "position" / "metadata").read_text() for run in (resumed, straight)]
     assert positions[0] == positions[1] and json.loads(positions[0]) == {"examples": [24]}
     assert any(file.is_file() for file in (resumed / "profile").rglob("*"))
+
+
+def test_adapters_are_left_by_themselves_too(model: Path, tmp_path: Path, training_alone: None) -> None:
+    run, adapters = tmp_path / "run", "lora/adapters.safetensors"
+    changes = {"train.num_steps": 3, "train.warmup_steps": 0, "train.learning_rate": 0.01, "eval.every": 99}
+    train.train(shrunk(quickstart.get_config("lora_base"), model, **changes, **{"lora.scale": 0.5}), run)
+    beside = "pytorch_lora_weights.biases_and_norms.safetensors"
+    names = {p.name for p in (run / "lora").iterdir()}
+    assert names == {"adapters.safetensors", "pytorch_lora_weights.safetensors", beside}
+    export, base = Pipeline.from_pretrained(run / "export"), Pipeline.from_pretrained(model)
+    states = (nnx.state(pipeline.unet) for pipeline in (base.with_lora(run / adapters), export, base))
+    moved = 0
+    for with_file, merged, before in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(with_file, merged, atol=1e-7)
+        moved += not np.array_equal(merged, before)
+    assert moved > 20
+    theirs, whole = small.torch_pipeline(model), small.torch_pipeline(run / "export")
+    theirs.unet.load_state_dict(torch_file(run / "lora" / beside), strict=False)
+    theirs.load_lora_weights(run / "lora" / "pytorch_lora_weights.safetensors")
+
+    def draw(pipeline: Any) -> np.ndarray:
+        pipeline.scheduler = whole.scheduler
+        noise = {"latents": twins.nchw(twins.random(1, 8, 8, 4)), "output_type": "np"}
+        return pipeline("a cube", num_inference_steps=3, guidance_scale=3.0, **noise).images
+
+    assert np.abs(draw(whole) - draw(small.torch_pipeline(model))).max() > 0.01
+    np.testing.assert_allclose(draw(theirs), draw(whole), atol=1e-4)
 
 
 def test_a_finished_run_is_not_trained_again(

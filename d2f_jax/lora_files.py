@@ -1,0 +1,226 @@
+"""Adapters as files: our own, which holds all that was trained, and those that PyTorch's world loads.
+
+`save` writes one safetensors file whose metadata says what was trained and at which scale. `export` writes LoRA as
+diffusers (PEFT's names) or kohya's scripts name it: the scale is folded into B, and all ranks of a file are filled up
+with zeros to the largest, since diffusers reads files of mixed ranks at wrong scales (with kohya's alphas, and before
+its pull request 14409 without them). The change of a fully trained convolution is a LoRA too, exactly, of rank at most
+min(O, I * H * W); that of a bias or a norm is none, and goes into a file of its own.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from d2f_jax import lora, weights
+from d2f_jax.errors import InputError
+from d2f_jax.lora import Adapter, Conditional, Targets, Trained
+
+Layout = Literal["peft", "kohya"]
+
+_FORMAT = "d2f_jax.lora"
+_SHOWN = 8  # of the tensors at fault, in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `lora.merge` takes."""
+
+    trained: Trained
+    scale: float
+
+
+def save(file: str | Path, trained: Trained, targets: Targets, *, scale: float) -> None:
+    """All that is trained, adapters and whole layers, in our names and layout; `load` reads it back bit for bit."""
+    metadata = {"format": _FORMAT, "scale": repr(float(scale)), "targets": json.dumps(dataclasses.asdict(targets))}
+    _write(Path(file), {name: np.asarray(x) for name, x in _flat(trained).items()}, metadata)
+
+
+def load(file: str | Path, params: nnx.State) -> Loaded:
+    """Adapters of a UNet with `params`, from what `save` or `export`, PEFT or kohya's scripts have written.
+
+    Raises InputError for a file that is damaged, and one that names every tensor that is missing, unexpected, or of
+    another shape than this UNet asks for.
+    """
+    file = Path(file)
+    try:
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing; give a file of adapters") from error
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file} is no safetensors file that can be read ({error}); copy it again") from error
+    if metadata.get("format") == _FORMAT:
+        return _own(file, tensors, metadata, params)
+    return Loaded(_foreign(file, tensors, params), 1.0)
+
+
+def export(
+    file: str | Path, trained: Trained, params: nnx.State, *, scale: float, layout: Layout = "peft"
+) -> Path | None:
+    """Writes what is a LoRA for diffusers' `pipe.load_lora_weights(FILE)`, on the base `params`.
+
+    What is none, fully trained biases and norms, goes beside it, and has to be put in place first:
+    `pipe.unet.load_state_dict(load_file(...), strict=False)`. Returns that file, or None if there is nothing of the
+    kind. Raises InputError for conditional adapters, which neither format knows.
+    """
+    file, base = Path(file), lora.flatten(params)
+    pairs, rest = {}, {}
+    for path, entry in sorted(trained.items()):
+        module, leaf = path.rsplit(".", 1)
+        if isinstance(entry, Conditional):
+            raise InputError(f"the adapter of {path} depends on a condition, which no LoRA file can hold; use save")
+        if isinstance(entry, Adapter):
+            pairs[module] = np.asarray(entry.a), np.asarray(entry.b) * np.float32(scale)
+        elif leaf == "kernel":
+            pairs[module] = _factors(np.asarray(entry) - np.asarray(base[path]))
+        else:
+            rest[weights.key_of(tuple(path.split(".")))] = np.asarray(entry)
+    if not pairs:
+        raise InputError("no kernel is trained, so there is no LoRA to export")
+    rank = max(b.shape[0] for _, b in pairs.values())
+    tensors = {}
+    for module, (a, b) in pairs.items():
+        missing = rank - b.shape[0]
+        a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+        b = np.pad(b, [(0, missing), (0, 0)]).reshape(*(1,) * (a.ndim - 2), rank, -1)
+        down, up = _names(module, layout)
+        tensors[down], tensors[up] = _torch(a), _torch(b)
+        if layout == "kohya":
+            tensors[_alpha(down)] = np.float32(rank)
+    _write(file, tensors, {"format": "pt"})
+    beside = file.with_name(f"{file.stem}.biases_and_norms.safetensors")
+    if not rest:
+        beside.unlink(missing_ok=True)
+        return None
+    _write(beside, rest, {"format": "pt"})
+    return beside
+
+
+def _own(file: Path, tensors: dict[str, Any], metadata: dict[str, str], params: nnx.State) -> Loaded:
+    try:
+        targets, scale = Targets(**json.loads(metadata["targets"])), float(metadata["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} does not say what it holds ({error}); it is damaged or of another version") from error
+    try:
+        like = jax.eval_shape(lambda params: lora.init(params, jax.random.key(0), targets), params)
+    except InputError as error:
+        raise InputError(f"{file} does not fit this UNet: {error}") from error
+    wanted = _flat(like)
+    faults = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
+    faults += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & tensors.keys()):
+        if tensors[name].shape != wanted[name].shape:
+            faults.append(f"misshapen {name} {tensors[name].shape}, this UNet makes it {wanted[name].shape}")
+    _refuse(file, faults)
+    flat = {name: jnp.asarray(x) for name, x in tensors.items()}
+    return Loaded({path: _entry(path, entry, flat) for path, entry in like.items()}, scale)
+
+
+def _foreign(file: Path, tensors: dict[str, Any], params: nnx.State) -> Trained:
+    """Adapters by PEFT's or kohya's names, with kohya's alpha / rank folded into B."""
+    base = {path: x for path, x in lora.flatten(params).items() if path.endswith(".kernel")}
+    known = {}
+    for path in base:
+        down = ""
+        for layout in get_args(Layout):  # kohya's last: it alone has alphas
+            down, up = _names(path.removesuffix(".kernel"), layout)
+            known |= {down: (path, "down"), up: (path, "up")}
+        known[_alpha(down)] = (path, "alpha")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    faults = [f"unexpected {name}" for name in sorted(tensors) if name not in known]
+    for name in sorted(tensors.keys() & known.keys()):
+        path, part = known[name]
+        found.setdefault(path, {})[part] = tensors[name]
+    trained: Trained = {}
+    for path, parts in found.items():
+        missing = [part for part in ("down", "up") if part not in parts]
+        faults += [f"missing {path.removesuffix('.kernel')} {part}" for part in missing]
+        if missing:
+            continue
+        kernel, rank = base[path].shape, parts["down"].shape[0]
+        lead = (1,) * (len(kernel) - 2)
+        wanted = _torch_shape((*kernel[:-1], rank)), _torch_shape((*lead, rank, kernel[-1]))
+        if (parts["down"].shape, parts["up"].shape) != wanted:
+            told = f"{parts['down'].shape} and {parts['up'].shape}, this UNet makes it {wanted[0]} and {wanted[1]}"
+            faults.append(f"misshapen {path.removesuffix('.kernel')} {told}")
+            continue
+        a, b = (
+            weights.swap_layout(("kernel",), parts[part].astype(np.float32), to_torch=False) for part in ("down", "up")
+        )
+        b = b.reshape(rank, -1) * (np.float32(parts.get("alpha", rank)) / np.float32(rank))
+        trained[path] = Adapter(jnp.asarray(a), jnp.asarray(b))
+    if not trained and not faults:
+        faults.append("missing every tensor")
+    _refuse(file, faults)
+    return trained
+
+
+def _refuse(file: Path, faults: list[str]) -> None:
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise InputError(f"{file} does not fit this UNet: {'; '.join(faults[:_SHOWN])}{more}")
+
+
+def _flat(trained: Trained) -> dict[str, Any]:
+    """Arrays by name: `PATH.a`, `PATH.b` and so on of an adapter, `PATH` of what is trained fully."""
+    flat = {}
+    for path, entry in trained.items():
+        if isinstance(entry, Adapter):
+            flat |= {f"{path}.{f.name}": getattr(entry, f.name) for f in dataclasses.fields(entry)}
+        else:
+            flat[path] = entry
+    return flat
+
+
+def _entry(path: str, like: Any, flat: dict[str, Any]) -> Any:
+    if not isinstance(like, Adapter):
+        return flat[path]
+    return type(like)(**{f.name: flat[f"{path}.{f.name}"] for f in dataclasses.fields(like)})
+
+
+def _factors(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[..., I, O] as a product of two, exactly: one of them is the identity."""
+    inner, outputs = math.prod(delta.shape[:-1]), delta.shape[-1]
+    if outputs <= inner:
+        return delta, np.eye(outputs, dtype=delta.dtype)
+    return np.eye(inner, dtype=delta.dtype).reshape(*delta.shape[:-1], inner), delta.reshape(inner, outputs)
+
+
+def _names(module: str, layout: Layout) -> tuple[str, str]:
+    if layout == "peft":
+        return f"unet.{module}.lora_A.weight", f"unet.{module}.lora_B.weight"
+    flat = f"lora_unet_{module.replace('.', '_')}"
+    return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"
+
+
+def _alpha(down: str) -> str:
+    return down.replace(".lora_down.weight", ".alpha")
+
+
+def _torch(kernel: np.ndarray) -> np.ndarray:
+    return weights.swap_layout(("kernel",), kernel, to_torch=True)
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return weights.swap_layout(("kernel",), np.empty(shape, np.bool_), to_torch=True).shape
+
+
+def _write(file: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Appears under its name only when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    safetensors.numpy.save_file(
+        {name: np.asarray(x, order="C") for name, x in tensors.items()}, part, metadata=metadata
+    )
+    os.replace(part, file)

@@ -1,0 +1,241 @@
+"""Adapters as files: ours bit for bit, and those of PyTorch's world by what they do there."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import small
+import torch
+import twins
+from flax import nnx
+from safetensors.torch import load_file
+
+from d2f_jax import lora, lora_files, weights
+from d2f_jax.errors import InputError
+from d2f_jax.lora import Adapter, Targets
+
+EVERYTHING = Targets(
+    self_attention_rank=2,
+    cross_attention_rank=5,
+    attention_out=True,
+    conv_ratio=0.25,
+    mlp_rank=3,
+    first_layer=True,
+    last_layer=True,
+)
+SCALE = 0.5
+PEFT = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@functools.cache
+def unet(model: Path) -> Any:
+    return weights.load_unet(model)
+
+
+def stirred(model: Path, targets: Targets) -> Any:
+    """As after training: nothing is zero, and what is trained fully has moved."""
+    trained = lora.init(nnx.state(unet(model)), jax.random.key(0), targets)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), trained)
+
+
+INPUTS = {"sample": (2, 8, 8, 4), "text": (2, 5, 16)}
+
+
+def ours(model: Path, trained: Any, scale: float) -> np.ndarray:
+    merged = lora.merge(nnx.state(unet(model)), trained, scale=scale)
+    network = nnx.merge(nnx.graphdef(unet(model)), merged)
+    x, text = twins.random(*INPUTS["sample"]), twins.random(*INPUTS["text"], seed=1)
+    return np.asarray(jax.jit(lambda: network(jnp.asarray(x), jnp.asarray(7.0), jnp.asarray(text)))())
+
+
+@torch.no_grad()
+def theirs(network: Any) -> np.ndarray:
+    x, text = twins.random(*INPUTS["sample"]), twins.random(*INPUTS["text"], seed=1)
+    return twins.nhwc(network(twins.nchw(x), 7, torch.from_numpy(text)).sample)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# Ours
+
+
+@pytest.mark.parametrize(
+    "targets", [EVERYTHING, Targets(conv_rank=2, condition_channels=3)], ids=["all", "conditional"]
+)
+def test_what_is_saved_comes_back_bit_for_bit(model: Path, tmp_path: Path, targets: Targets) -> None:
+    trained = stirred(model, targets)
+    lora_files.save(tmp_path / "adapters.safetensors", trained, targets, scale=1 / 3)
+    loaded = lora_files.load(tmp_path / "adapters.safetensors", nnx.state(unet(model)))
+    assert loaded.scale == 1 / 3
+    assert_same(dict(sorted(loaded.trained.items())), dict(sorted(trained.items())))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def altered(file: Path, alter: Any) -> Path:
+    with safetensors.safe_open(file, framework="numpy") as handle:
+        metadata, tensors = handle.metadata(), {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    alter(tensors, metadata)
+    safetensors.numpy.save_file(tensors, file, metadata=metadata)
+    return file
+
+
+def test_every_tensor_at_fault_is_named_in_one_error(model: Path, tmp_path: Path) -> None:
+    def alter(tensors: dict[str, Any], _: Any) -> None:
+        del tensors["conv_in.bias"]
+        tensors["stray"] = np.zeros(3, np.float32)
+        tensors["conv_out.kernel"] = np.zeros((3, 3, 16, 5), np.float32)
+
+    lora_files.save(tmp_path / "file", stirred(model, EVERYTHING), EVERYTHING, scale=1.0)
+    with pytest.raises(InputError) as error:
+        lora_files.load(altered(tmp_path / "file", alter), nnx.state(unet(model)))
+    for said in (
+        "missing conv_in.bias",
+        "unexpected stray",
+        "misshapen conv_out.kernel (3, 3, 16, 5)",
+        "(3, 3, 16, 4)",
+    ):
+        assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_adapters(model: Path, tmp_path: Path) -> None:
+    params = nnx.state(unet(model))
+    (tmp_path / "text").write_text("no tensors")
+    lora_files.save(tmp_path / "conv", stirred(model, EVERYTHING), EVERYTHING, scale=1.0)
+    altered(tmp_path / "conv", lambda _, metadata: metadata.update(targets=json.dumps({"magic": 3})))
+    safetensors.numpy.save_file({}, tmp_path / "empty")
+    for name, said in (
+        ("nowhere", "nowhere is missing"),
+        ("text", "no safetensors file"),
+        ("conv", "does not say what it holds"),
+        ("empty", "missing every tensor"),
+    ):
+        with pytest.raises(InputError, match=said) as error:
+            lora_files.load(tmp_path / name, params)
+        assert "\n" not in str(error.value)
+
+
+# PyTorch's
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+@pytest.mark.parametrize("linear", [False, True], ids=["SD 1.x", "SD 2.x"])
+def test_diffusers_loads_what_is_exported(tmp_path: Path, layout: Any, linear: bool, monkeypatch: Any) -> None:
+    monkeypatch.setitem(small.UNET, "use_linear_projection", linear)
+    model = small.write_pipeline(tmp_path / "model")
+    trained = stirred(model, EVERYTHING)
+    beside = lora_files.export(tmp_path / PEFT, trained, nnx.state(unet(model)), scale=SCALE, layout=layout)
+    pipeline = small.torch_pipeline(model)
+    before = theirs(pipeline.unet)
+    assert beside is not None
+    told = pipeline.unet.load_state_dict(load_file(beside), strict=False)
+    assert not told.unexpected_keys
+    pipeline.load_lora_weights(tmp_path / PEFT)
+    expected = ours(model, trained, SCALE)
+    assert np.abs(before - expected).max() > 0.05 * np.abs(expected).max()
+    twins.assert_close(expected, theirs(pipeline.unet), tolerance=1e-5)
+
+
+def test_a_pipeline_with_the_file_draws_what_the_merged_one_draws(model: Path, tmp_path: Path) -> None:
+    trained = stirred(model, Targets(self_attention_rank=2, cross_attention_rank=4, conv_rank=3, mlp_rank=1))
+    params = nnx.state(unet(model))
+    assert lora_files.export(tmp_path / PEFT, trained, params, scale=SCALE) is None
+    with_file, merged = small.torch_pipeline(model), small.torch_pipeline(model)
+    with_file.load_lora_weights(tmp_path / PEFT)
+    network = nnx.merge(nnx.graphdef(unet(model)), lora.merge(params, trained, scale=SCALE))
+    weights.save_pretrained(network, tmp_path / "unet")
+    merged.unet = type(merged.unet).from_pretrained(tmp_path / "unet")
+
+    def draw(pipeline: Any) -> np.ndarray:
+        latents = twins.nchw(twins.random(1, 8, 8, 4))
+        return pipeline("a cube", latents=latents, num_inference_steps=3, guidance_scale=3.0, output_type="np").images
+
+    assert np.abs(draw(with_file) - draw(small.torch_pipeline(model))).max() > 0.02
+    np.testing.assert_allclose(draw(with_file), draw(merged), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_all_ranks_of_a_file_are_one(model: Path, tmp_path: Path, layout: Any) -> None:
+    trained = stirred(model, EVERYTHING)
+    assert len({entry.b.shape[0] for entry in trained.values() if isinstance(entry, Adapter)}) > 2
+    lora_files.export(tmp_path / PEFT, trained, nnx.state(unet(model)), scale=SCALE, layout=layout)
+    tensors = safetensors.numpy.load_file(tmp_path / PEFT)
+    downs = {x.shape[0] for name, x in tensors.items() if "lora_A" in name or "lora_down" in name}
+    alphas = {float(x) for name, x in tensors.items() if name.endswith(".alpha")}
+    assert downs == {16} and alphas == ({16.0} if layout == "kohya" else set())  # conv_in's, of 16 outputs
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_what_is_exported_loads_here_too(model: Path, tmp_path: Path, layout: Any) -> None:
+    trained = stirred(model, Targets(self_attention_rank=2, conv_rank=3, mlp_rank=5))
+    lora_files.export(tmp_path / PEFT, trained, nnx.state(unet(model)), scale=SCALE, layout=layout)
+    loaded = lora_files.load(tmp_path / PEFT, nnx.state(unet(model)))
+    assert loaded.scale == 1 and loaded.trained.keys() == trained.keys()
+    for path, entry in loaded.trained.items():
+        assert isinstance(entry, Adapter)
+        np.testing.assert_allclose(lora.product(entry), SCALE * lora.product(trained[path]), atol=1e-6)
+
+
+def test_a_file_that_peft_has_made_loads_here(model: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    network = small.torch_pipeline(model).unet
+    names = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "ff.net.0.proj", "conv_in"]
+    network.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=names))
+    state = get_peft_model_state_dict(network)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    loaded = lora_files.load(tmp_path / PEFT, nnx.state(unet(model)))
+    assert len(loaded.trained) == len(state) // 2 > 20
+    twins.assert_close(ours(model, loaded.trained, loaded.scale), theirs(network), tolerance=1e-5)
+
+
+def test_kohyas_alpha_is_a_scale(model: Path, tmp_path: Path) -> None:
+    def alter(tensors: dict[str, Any], _: Any) -> None:
+        tensors.update({name: np.asarray(x / 4) for name, x in tensors.items() if name.endswith(".alpha")})
+
+    trained = stirred(model, Targets(conv_rank=3))
+    lora_files.export(tmp_path / PEFT, trained, nnx.state(unet(model)), scale=1.0, layout="kohya")
+    loaded = lora_files.load(altered(tmp_path / PEFT, alter), nnx.state(unet(model)))
+    pipeline = small.torch_pipeline(model)
+    pipeline.load_lora_weights(tmp_path / PEFT)
+    expected = ours(model, trained, 0.25)
+    twins.assert_close(ours(model, loaded.trained, loaded.scale), expected, tolerance=1e-5)
+    twins.assert_close(expected, theirs(pipeline.unet), tolerance=1e-5)
+
+
+def test_faults_of_a_foreign_file_are_told_together(model: Path, tmp_path: Path) -> None:
+    def alter(tensors: dict[str, Any], _: Any) -> None:
+        del tensors["unet.conv_in.lora_B.weight"]
+        tensors["text_encoder.q.lora_A.weight"] = np.zeros((2, 2), np.float32)
+        tensors["unet.conv_out.lora_A.weight"] = np.zeros((3, 16, 1, 1), np.float32)
+
+    lora_files.export(tmp_path / PEFT, stirred(model, Targets(conv_rank=3)), nnx.state(unet(model)), scale=1.0)
+    with pytest.raises(InputError) as error:
+        lora_files.load(altered(tmp_path / PEFT, alter), nnx.state(unet(model)))
+    for said in ("missing conv_in up", "unexpected text_encoder.q.lora_A.weight", "misshapen conv_out (3, 16, 1, 1)"):
+        assert said in str(error.value)
+
+
+def test_what_no_lora_file_can_hold_is_refused(model: Path, tmp_path: Path) -> None:
+    conditional = stirred(model, Targets(conv_rank=2, condition_channels=3))
+    with pytest.raises(InputError, match="depends on a condition, which no LoRA file can hold; use save"):
+        lora_files.export(tmp_path / PEFT, conditional, nnx.state(unet(model)), scale=1.0)
+    assert not list(tmp_path.iterdir())
