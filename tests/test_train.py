@@ -193,7 +193,7 @@ SAVING = {**HALF, "train.schedule": "cosine", "eval.every": 99}
 
 @pytest.mark.parametrize(
     ("arg", "changes", "interrupt", "error", "saved"),
-    [("", {}, tell, Preempted, {2, 3}), ("lora", SAVING, kill, KeyboardInterrupt, {2})],
+    [("", {}, tell, Preempted, {2, 3}), ("lora_base", SAVING, kill, KeyboardInterrupt, {2})],
     ids=["full, told to stop", "adapters in half precision and in parts, killed"],
 )
 def test_resumed_is_uninterrupted(
