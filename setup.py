@@ -13,6 +13,7 @@ setup(
     install_requires=[
         "absl-py",
         "array_record",
+        "diffrax>=0.7.2",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",

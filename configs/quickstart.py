@@ -33,9 +33,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.variant = ""  # of the weights' files: "fp16", "bf16", or "" for the plain ones
     config.init_from = ""  # checkpoints/ of another run of the same model, whose averaged weights this one begins with
     config.seed = 0  # of data order, noise, times and adapters; never of the evaluation's noise
-    config.convention = "exact"  # alignment; "reference" only for checkpoints of the paper's published code
     config.compute_dtype = "float32"  # of the networks; "bfloat16" on TPU and GPU. Parameters stay float32
     config.remat = "none"  # recomputed in the backward pass: "resnets", "attentions" or "blocks" (both) save memory
+
+    config.objective = ConfigDict()
+    config.objective.name = "diff2flow"  # "flow_matching" without any alignment, or "diffusion", the model's own loss
+    config.objective.align = ("timestep", "state", "velocity")  # leave some out to see what each of them does
+    config.objective.raw_time = False  # a timestep not aligned is t itself, as in the paper's baseline, not T (1 - t)
+    config.objective.convention = "exact"  # "reference" only for checkpoints of the paper's published code
+    config.objective.times = "uniform"  # of flow; "logit_normal" draws more from the middle
+    config.objective.logit_mean = 0.0  # above 0: more times near data
+    config.objective.logit_std = 1.0
+    config.objective.shift = 1.0  # above 1: more times near noise, for large pictures
+    config.objective.min_snr_gamma = 0.0  # of the diffusion objective, commonly 5; 0 is off
 
     config.mesh = ConfigDict()  # the result does not depend on it
     config.mesh.data = -1  # copies of the state; -1 takes the devices that are left
@@ -104,11 +114,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.every = 200  # steps between validation losses and grids of samples
     config.eval.num_loss_examples = 64  # held-out examples in the validation loss
     config.eval.step_counts = (1, 2, 4, 8, 25)
+    config.eval.sampler = "euler"  # or another of d2f_jax.sample's
+    config.eval.shift = 1.0  # of its steps towards noise
     config.eval.num_images = 128  # for the scores; ShapesWorld only
     config.eval.batch_size = 64
     config.eval.guidance_scale = 3.0
     config.eval.seed = 1234  # of the noise that every row of the table starts from
     config.eval.grid_images = 4  # in each cell of the picture
+
+    config.reflow = ConfigDict()  # of d2f_jax.reflow: how the teacher makes its pairs
+    config.reflow.count = 4096
+    config.reflow.num_validation = 64  # of held-out captions
+    config.reflow.sampler = "ddim"
+    config.reflow.num_steps = 25
+    config.reflow.shift = 1.0
+    config.reflow.guidance_scale = 3.0
 
     config.wandb_project = ""  # Weights & Biases, beside metrics.jsonl and TensorBoard
     return config.lock()

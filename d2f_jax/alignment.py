@@ -17,6 +17,8 @@ state and timestep are one step apart; below the last timestep's flow time its i
 Times are scalars or [B], states [B, ...]; everything is computed and returned in float32.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -81,6 +83,52 @@ def velocity(
             return c.s**2 * (2 * c.t - 1) * x_t - c.s * prediction
         case "sample":
             return (prediction - x_t) / c.noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """What a flow takes over from the diffusion model; all three are Diff2Flow, none is naive flow matching.
+
+    `timestep`: the network gets `diffusion_timestep`; otherwise `T (1 - t)` or, with `raw_time`, t itself.
+    `state`: the network sees `to_diffusion` of the flow's state; otherwise the state as it is.
+    `velocity`: the network's prediction is turned into a velocity; otherwise it is the velocity.
+    """
+
+    timestep: bool = True
+    state: bool = True
+    velocity: bool = True
+    raw_time: bool = False
+    convention: Convention = "exact"
+
+    @property
+    def complete(self) -> bool:
+        return self.timestep and self.state and self.velocity
+
+
+ALIGNED = Alignment()
+
+
+def velocity_field(
+    schedule: NoiseSchedule, predict: Callable[[jax.Array, jax.Array], jax.Array], how: Alignment = ALIGNED
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The flow that a diffusion network implies, `(x_t [B, ...], t scalar or [B]) -> velocity` in float32.
+
+    `predict(x, tau)` is the network with its conditioning bound; tau has the shape of t.
+    """
+    convention = how.convention
+
+    def field(fm_x: jax.Array, t: jax.Array) -> jax.Array:
+        t = jnp.asarray(t, jnp.float32)
+        if how.timestep:
+            tau = diffusion_timestep(schedule, t, convention=convention)
+        else:
+            tau = t if how.raw_time else schedule.num_train_timesteps * (1 - t)
+        prediction = predict(to_diffusion(schedule, fm_x, t, convention=convention) if how.state else fm_x, tau)
+        if not how.velocity:
+            return prediction.astype(jnp.float32)
+        return velocity(schedule, prediction, fm_x, t, convention=convention)
+
+    return field
 
 
 class Coefficients(NamedTuple):

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 from d2f_jax import distributed, report
 from d2f_jax.metrics import Scores
-from d2f_jax.pipeline import Pipeline, Sampler
+from d2f_jax.objectives import Name as ObjectiveName
+from d2f_jax.pipeline import Pipeline
+from d2f_jax.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,19 @@ class Comparison:
     scores: list[list[Scores]] | None
 
 
-def contenders(prior: Pipeline, finetuned: Pipeline) -> list[Contender]:
-    """What finetuning changed, and what alignment alone did: the second and the third row are the same pictures."""
-    return [
-        Contender("prior, DDIM", prior, "ddim"),
-        Contender("prior, DDIM\non the flow grid", prior, "ddim_on_flow_grid"),
-        Contender("aligned,\nnot finetuned", prior, "flow"),
-        Contender("finetuned", finetuned, "flow"),
+def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, sampler: Sampler) -> list[Contender]:
+    """What finetuning changed, and what alignment alone did.
+
+    With complete alignment and Euler steps the second and the third row are the same pictures.
+    """
+    ddim, ddim_on_flow_grid = Sampler("ddim"), Sampler("ddim_on_flow_grid", shift=sampler.shift)
+    rows = [
+        Contender("prior, DDIM", prior, ddim),
+        Contender("prior, DDIM\non the flow grid", prior, ddim_on_flow_grid),
+        Contender(f"{'aligned' if prior.alignment.complete else 'as a flow'},\nnot finetuned", prior, sampler),
+        Contender("finetuned", finetuned, sampler),
     ]
+    return rows + [Contender("finetuned, DDIM", finetuned, ddim)] * (objective == "diffusion")
 
 
 def compare(
@@ -58,7 +65,6 @@ def compare(
     after_batch: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Samples `prompts` with every row and number of steps, from the same noise; `score` judges each set of images."""
-    noise = rows[0].pipeline.noise(seed, len(prompts), image_size, image_size)
     work = len(rows) * len(prompts) * sum(step_counts)
     images: list[list[np.ndarray]] = []
     with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
@@ -73,7 +79,10 @@ def compare(
                             chunk,
                             num_steps=num_steps,
                             guidance_scale=guidance_scale,
-                            noise=noise[i : i + batch_size],
+                            seed=seed,
+                            first=i,
+                            height=image_size,
+                            width=image_size,
                             sampler=row.sampler,
                         )
                     )

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import CLIPTokenizer
 
-from d2f_jax import alignment, lora, lora_files, sampling, sharding, weights
-from d2f_jax.alignment import Convention
+from d2f_jax import lora, lora_files, sampling, sharding, weights
+from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel
 from d2f_jax.models.vae import AutoencoderKL
+from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.schedule import NoiseSchedule
 
-Sampler = Literal["flow", "ddim", "ddim_on_flow_grid"]
+Direction = Literal["sample", "invert"]
+STEPS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Pipeline:
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
-    convention: Convention = "exact"
+    alignment: Alignment = ALIGNED
     mesh: Mesh | None = None
     _programs: dict[Any, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -47,12 +49,13 @@ class Pipeline:
         variant: str | None = None,
         revision: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
-        convention: Convention = "exact",
+        alignment: Alignment | None = None,
     ) -> "Pipeline":
         """Loads a diffusers folder or hub id; `dtype` is what the networks compute in, parameters stay float32.
 
-        `convention="reference"` is for checkpoints finetuned with the paper's published code. Raises InputError for
-        whatever is missing, damaged or does not belong together.
+        `alignment` says what the flow takes over from the diffusion model: all of it, exactly, unless our own export
+        says otherwise; `Alignment(convention="reference")` is for checkpoints finetuned with the paper's published
+        code. Raises InputError for whatever is missing, damaged or does not belong together.
         """
         options = {"variant": variant, "revision": revision, "dtype": dtype}
         scheduler_config = weights.load_scheduler_config(path_or_hub_id, revision=revision)
@@ -81,7 +84,7 @@ class Pipeline:
             tokenizer=tokenizer,
             schedule=NoiseSchedule.from_config(scheduler_config),
             scheduler_config=scheduler_config,
-            convention=convention,
+            alignment=recorded_alignment(scheduler_config) if alignment is None else alignment,
         )
 
     def on_mesh(self, mesh: Mesh) -> "Pipeline":
@@ -109,8 +112,8 @@ class Pipeline:
         """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads.
 
         The scheduler becomes an EulerDiscreteScheduler with the same noise schedule: on
-        `sampling.diffusers_sigmas(grid)` its steps are this pipeline's flow steps (of the exact convention). Replaces
-        an earlier pipeline there; raises InputError for a folder that holds anything else.
+        `sampling.diffusers_sigmas(grid)` its steps are this pipeline's Euler steps (if exactly aligned). Replaces an
+        earlier pipeline there; raises InputError for a folder that holds anything else.
         """
         folder = Path(folder).absolute()
         foreign = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
@@ -123,7 +126,7 @@ class Pipeline:
         weights.save_pretrained(self.text_encoder, part / "text_encoder")
         self.tokenizer.save_pretrained(part / "tokenizer")
         for name, content in (
-            ("scheduler/scheduler_config.json", euler_config(self.scheduler_config)),
+            ("scheduler/scheduler_config.json", euler_config(self.scheduler_config, self.alignment)),
             ("model_index.json", _MODEL_INDEX),
         ):
             (part / name).parent.mkdir(exist_ok=True)
@@ -137,8 +140,10 @@ class Pipeline:
         """`tokenize(texts)` is int32 [B, L], padded and cut to the model's length."""
         return weights.Tokenize(self.tokenizer)
 
-    def noise(self, seed: int, count: int, height: int | None = None, width: int | None = None) -> jax.Array:
-        """float32 [B, H, W, C] latent noise; image i of a seed is the same in every batch.
+    def noise(
+        self, seed: int, count: int, height: int | None = None, width: int | None = None, *, first: int = 0
+    ) -> jax.Array:
+        """float32 [B, H, W, C] latent noise of images `first`, `first + 1`, ...; each is the same in every batch.
 
         Raises InputError for a height or width (pixels) that the VAE's downsampling does not divide.
         """
@@ -150,8 +155,7 @@ class Pipeline:
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise InputError(f"{name}={pixels} is not a multiple of {factor} pixels, the VAE's downsampling")
         shape = ((height or side) // factor, (width or side) // factor, self.unet.config.in_channels)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
-        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(random_keys(seed, first, count))
 
     def __call__(
         self,
@@ -159,118 +163,159 @@ class Pipeline:
         *,
         num_steps: int = 4,
         guidance_scale: float = 7.5,
-        negative_prompt: str = "",
+        guidance_rescale: float = 0.0,
+        negative_prompt: str | Sequence[str] = "",
         seed: int = 0,
+        first: int = 0,
         height: int | None = None,
         width: int | None = None,
         noise: jax.Array | None = None,
-        sampler: Sampler = "flow",
+        sampler: SamplerName | Sampler = "euler",
     ) -> np.ndarray:
         """Images uint8 [B, H, W, 3] for one or many prompts.
 
-        `sampler="flow"` takes Euler steps on a uniform flow-time grid. `sampler="ddim"` is deterministic DDIM on the
-        checkpoint's own timesteps, for a diffusion model as it came; `"ddim_on_flow_grid"` is the same at the timesteps
-        of the flow grid, which gives the pictures of `"flow"`. `noise` [B, H, W, C] replaces the seed's.
-        `guidance_scale=1` samples without guidance at half the cost. One program is compiled for each batch shape and
-        serves every number of steps up to 64.
+        They are the images `first`, `first + 1`, ... of a seed; `noise` [B, H, W, C] replaces what it would start from.
+        `guidance_scale=1` samples without guidance at half the cost; `negative_prompt` is one for all or one for each.
+        One program is compiled for each batch shape and serves every number of steps up to 64.
         """
+        how = _sampler(sampler)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("there is no prompt; give one or more")
+        if noise is None:
+            noise = self.noise(seed, len(prompts), height, width, first=first)
+        keys = jax.random.key_data(random_keys(seed, first + STEPS, len(prompts)))
+        guidance = (guidance_scale, guidance_rescale)
+        return self._run(how, "sample", prompts, negative_prompt, noise, keys, num_steps, guidance)
+
+    def invert(
+        self,
+        images: np.ndarray,
+        prompt: str | Sequence[str],
+        *,
+        num_steps: int = 50,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | Sequence[str] = "",
+        sampler: SamplerName | Sampler = "euler",
+    ) -> np.ndarray:
+        """The noise [B, H, W, C] from which the flow makes uint8 `images` [B, H, W, 3]: the way back in as many steps.
+
+        Only as exact as the solver, and as the VAE is in decoding what it encodes. Raises InputError for a sampler that
+        is not the flow's.
+        """
+        how = _sampler(sampler)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        keys = np.zeros((len(prompts), 2), np.uint32)
+        return self._run(how, "invert", prompts, negative_prompt, images, keys, num_steps, (guidance_scale, 0.0))
+
+    def _run(
+        self,
+        how: Sampler,
+        direction: Direction,
+        prompts: list[str],
+        negative_prompt: str | Sequence[str],
+        start: Any,
+        keys: Any,
+        num_steps: int,
+        guidance: tuple[float, float],
+    ) -> np.ndarray:
+        count = len(prompts)
+        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
         if not isinstance(num_steps, int) or num_steps < 1:
             raise InputError(f"num_steps={num_steps}: give a whole number, 1 or more")
-        if sampler not in get_args(Sampler):
-            raise InputError(f"sampler={sampler!r} is not one of {', '.join(get_args(Sampler))}")
-        if noise is None:
-            noise = self.noise(seed, len(prompts), height, width)
-        if len(noise) != len(prompts):
-            raise InputError(f"there are {len(prompts)} prompts, but noise for {len(noise)}; give one for each")
-        guided = guidance_scale != 1
-        if (sampler, guided) not in self._programs:
-            self._programs[sampler, guided] = make_program(self, sampler, guided)
-        rows = self.tokenize(prompts), np.asarray(noise)
+        for what, there in (("noise or images", len(start)), ("negative prompts", len(negatives))):
+            if there != count:
+                raise InputError(f"there are {count} prompts, but {there} {what}; give one for each")
+        guided = guidance[0] != 1
+        kind = (how.compiled_for, direction, guided)
+        if kind not in self._programs:
+            self._programs[kind] = make_program(self, *kind)
+        rows = [self.tokenize(prompts), self.tokenize(negatives), np.asarray(start), np.asarray(keys)]
         if self.mesh is not None:  # filled up to the same number for every device
-            extra = -len(prompts) % self.mesh.size
-            rows = tuple(np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]) for x in rows)
-            rows = sharding.put(rows, (sharding.batch_split(self.mesh),) * 2)
-        images = self._programs[sampler, guided](
-            nnx.state(self.unet),
-            nnx.state(self.vae),
-            nnx.state(self.text_encoder),
-            rows[0],
-            self.tokenize([negative_prompt]),
-            rows[1],
-            step_grid(self, sampler, num_steps),
-            np.float32(guidance_scale),
-        )
-        return np.asarray(images)[: len(prompts)]
+            extra = -count % self.mesh.size
+            rows = [np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]) for x in rows]
+            rows = sharding.put(rows, [sharding.batch_split(self.mesh)] * len(rows))
+        grid = how.grid(self.schedule, self.alignment, self.scheduler_config, num_steps)
+        networks = (nnx.state(network) for network in (self.unet, self.vae, self.text_encoder))
+        return np.asarray(self._programs[kind](*networks, *rows, grid, np.array(guidance, np.float32)))[:count]
 
 
-def euler_config(scheduler_config: dict[str, Any]) -> dict[str, Any]:
-    """The same noise schedule for diffusers' EulerDiscreteScheduler."""
+def random_keys(seed: int, first: int, count: int) -> jax.Array:
+    """A random key for each of `count` images: for its noise, or with `first + STEPS` for a sampler's random steps."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+        np.uint32(first) + jnp.arange(count, dtype=np.uint32)
+    )
+
+
+def _sampler(given: SamplerName | Sampler) -> Sampler:
+    return given if isinstance(given, Sampler) else Sampler(given)
+
+
+def euler_config(scheduler_config: dict[str, Any], alignment: Alignment) -> dict[str, Any]:
+    """The same noise schedule for diffusers' EulerDiscreteScheduler.
+
+    An alignment that is not Diff2Flow's own is written beside it, where `from_pretrained` finds it again.
+    """
     kept = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr"
     config = {key: scheduler_config[key] for key in kept.split() if key in scheduler_config}
-    return {"_class_name": "EulerDiscreteScheduler", **config, "timestep_spacing": "leading", "steps_offset": 1}
+    config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1}
+    return config if alignment == ALIGNED else config | {_ALIGNMENT: dataclasses.asdict(alignment)}
 
 
-def step_grid(pipeline: Pipeline, sampler: Sampler, num_steps: int) -> np.ndarray:
-    """What a program walks along: flow times, or DDIM's timesteps; padded so that one program serves many lengths."""
-    length = max(64, 1 << (num_steps - 1).bit_length())
-    grid = sampling.flow_grid(pipeline.schedule, num_steps)
-    if sampler == "flow":
-        return sampling.pad_grid(grid, length + 1)
-    if sampler == "ddim_on_flow_grid":
-        return sampling.pad_timesteps(np.asarray(alignment.diffusion_timestep(pipeline.schedule, grid[:-1])), length)
-    config = pipeline.scheduler_config
-    timesteps = sampling.ddim_timesteps(
-        pipeline.schedule.num_train_timesteps,
-        num_steps,
-        config.get("timestep_spacing", "leading"),
-        config.get("steps_offset", 0),
-    )
-    return sampling.pad_timesteps(timesteps, length)
+def recorded_alignment(scheduler_config: dict[str, Any]) -> Alignment:
+    """What an export says of its alignment; other checkpoints say nothing, and are aligned."""
+    try:
+        return Alignment(**scheduler_config.get(_ALIGNMENT, {}))
+    except TypeError as error:
+        raise InputError(f"scheduler_config.json: {_ALIGNMENT} cannot be read ({error}); export it again") from error
 
 
-def make_program(pipeline: Pipeline, sampler: Sampler, guided: bool) -> Callable[..., jax.Array]:
-    """The jitted sampler: parameters, token ids, noise and grid in, uint8 images out."""
-    schedule, convention, latent_scale = pipeline.schedule, pipeline.convention, pipeline.vae.config.scaling_factor
-    unet_def, vae_def, text_def = map(nnx.graphdef, (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-    # DDIM's last step goes to no noise at all or, as Stable Diffusion's configs ask, to the first timestep's.
-    to_data = sampler != "ddim" or pipeline.scheduler_config.get("set_alpha_to_one", True)
-    final = 1.0 if to_data else schedule.alphas_cumprod[0]
+def make_program(pipeline: Pipeline, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
+    """`make_latents` jitted, with latents decoded to uint8 images."""
+    compute, latent_scale = make_latents(pipeline, how, direction, guided), pipeline.vae.config.scaling_factor
+    vae_def = nnx.graphdef(pipeline.vae)
 
-    def program(unet_state, vae_state, text_state, ids_BxL, negative_1xL, noise, grid, guidance_scale):
-        unet, vae = nnx.merge(unet_def, unet_state), nnx.merge(vae_def, vae_state)
-        encode = nnx.merge(text_def, text_state)
-        text_BxLxD = encode(ids_BxL)
-        if guided:
-            negative = jnp.broadcast_to(encode(negative_1xL), text_BxLxD.shape)
-            text_BxLxD = jnp.concatenate([negative, text_BxLxD])
-
-        def predict(dm_x: jax.Array, tau: jax.Array) -> jax.Array:
-            tau_B = jnp.broadcast_to(tau, dm_x.shape[:1])
-            if not guided:
-                return unet(dm_x, tau_B, text_BxLxD)
-            both = unet(jnp.concatenate([dm_x, dm_x]), jnp.concatenate([tau_B, tau_B]), text_BxLxD)
-            without, with_text = jnp.split(both.astype(jnp.float32), 2)
-            return without + guidance_scale * (with_text - without)
-
-        def velocity(fm_x: jax.Array, t: jax.Array) -> jax.Array:
-            dm_x = alignment.to_diffusion(schedule, fm_x, t, convention=convention)
-            prediction = predict(dm_x, alignment.diffusion_timestep(schedule, t, convention=convention))
-            return alignment.velocity(schedule, prediction, fm_x, t, convention=convention)
-
-        if sampler == "flow":
-            latents = sampling.euler(velocity, sampling.initial_state(noise, grid), grid)
-        else:
-            latents = sampling.ddim(schedule, predict, noise, grid, final)
-        images = vae.decode(latents / latent_scale).astype(jnp.float32)
+    def program(unet_state, vae_state, *rest):
+        latents = compute(unet_state, vae_state, *rest)
+        if direction == "invert":
+            return latents
+        images = nnx.merge(vae_def, vae_state).decode(latents / latent_scale).astype(jnp.float32)
         return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
     # Gathered on every device, so that every process has all images.
     return jax.jit(program, out_shardings=None if pipeline.mesh is None else sharding.replicated(pipeline.mesh))
 
 
+def make_latents(pipeline: Pipeline, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
+    """Parameters, token ids, noise, keys, grid and guidance to latents as the UNet sees them; "invert" images to noise.
+
+    `(unet, vae, text_encoder, ids_BxL, negative_BxL, start, keys_Bx2, grid, (scale, rescale))`; parameters are states.
+    """
+    schedule, alignment, latent_scale = pipeline.schedule, pipeline.alignment, pipeline.vae.config.scaling_factor
+    set_alpha_to_one = pipeline.scheduler_config.get("set_alpha_to_one", True)
+    unet_def, vae_def, text_def = map(nnx.graphdef, (pipeline.unet, pipeline.vae, pipeline.text_encoder))
+
+    def latents(unet_state, vae_state, text_state, ids_BxL, negative_BxL, start, keys, grid, guidance):
+        unet, encode = nnx.merge(unet_def, unet_state), nnx.merge(text_def, text_state)
+        text_BxLxD = encode(jnp.concatenate([negative_BxL, ids_BxL]) if guided else ids_BxL)
+
+        def predict(dm_x: jax.Array, tau: jax.Array) -> jax.Array:
+            tau_B = jnp.broadcast_to(tau, dm_x.shape[:1])
+            if not guided:
+                return unet(dm_x, tau_B, text_BxLxD)
+            both = unet(jnp.concatenate([dm_x, dm_x]), jnp.concatenate([tau_B, tau_B]), text_BxLxD)
+            return sampling.guided(*jnp.split(both, 2), scale=guidance[0], rescale=guidance[1])
+
+        if direction == "invert":
+            data = nnx.merge(vae_def, vae_state).encode(start.astype(jnp.float32) / 127.5 - 1).mean * latent_scale
+            return how.invert(schedule, alignment, predict, data, grid)
+        keys_B = jax.random.wrap_key_data(keys)
+        return how.sample(schedule, alignment, predict, start, grid, set_alpha_to_one=set_alpha_to_one, keys_B=keys_B)
+
+    return latents
+
+
+_ALIGNMENT = "_d2f_jax_alignment"  # diffusers skips keys that begin so
 _MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],

@@ -41,8 +41,10 @@ from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 
+Read = Callable[[int], Row | str]
+"""The number of an example to what is encoded of it, or to why it cannot be read."""
 Encode = Callable[[Sequence[Row]], dict[str, jax.Array]]
-"""At most a batch of pictures and captions to arrays [B, ...] float32, the batch filled up."""
+"""At most a batch of rows, such as pictures and captions, to arrays [B, ...] float32, the batch filled up."""
 
 _AS_IT_IS = (1.0, 1.0, 0.5, 0.5)  # the draws of a row that is neither mirrored nor loses its caption
 _DTYPE = "float16"
@@ -89,16 +91,43 @@ def prepare(config: Config, folder: Path, options: Options) -> Manifest:
     pipeline = prior.load(config)
     sources = open_splits(config, folder, pipeline)
     plan = make_plan(config, options, pipeline, {split: len(source) for split, source in sources.items()})
+    fit = Fit(
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+        crop="center",
+        random_flip=False,
+        caption_dropout=0.0,
+        null_text=None,
+    )
+    readers: dict[Split, Read] = {split: functools.partial(read_row, source, fit) for split, source in sources.items()}
+    empty = {"image": np.zeros((config.data.image_size,) * 2 + (3,), np.uint8), "text": ""}
+    encode = make_encoder(pipeline, options.batch_size, config.compute_dtype)
+    names = ("latent_mean", *(["latent_std"] if options.latents == "mean_std" else []), "text_states")
+    return fill(folder, plan, config, readers, encode, names, empty, options.batch_size)
+
+
+def fill(
+    folder: Path,
+    plan: Plan,
+    config: Config,
+    readers: dict[Split, Read],
+    encode: Encode,
+    names: Sequence[str],
+    empty: Row,
+    batch_size: int,
+) -> Manifest:
+    """Makes `folder` hold what `plan` says, the arrays `names` that `encode` computes, or goes on doing so.
+
+    `empty` is a row with the empty caption. Raises InputError as `claim` and `readable` do.
+    """
     claim(folder, plan)
     tasks = list(shard_tasks(folder, plan))
-    encode = make_encoder(pipeline, options.batch_size, config.compute_dtype)
-    if distributed.is_main():
-        empty = {"image": np.zeros((config.data.image_size,) * 2 + (3,), np.uint8), "text": ""}
+    if distributed.is_main() and not (folder / prepared.NULL_TEXT).exists():
         (record,) = to_records([empty], encode([empty]), ("text_states",))
         prepared.write_bytes(folder / prepared.NULL_TEXT, record)
     distributed.barrier("prepare: begun")
 
-    compute(tasks[jax.process_index() :: jax.process_count()], sources, encode, config, options)
+    compute(tasks[jax.process_index() :: jax.process_count()], readers, encode, names, batch_size, config)
     manifest = Manifest(plan=plan, null_text=Shard.of(folder / prepared.NULL_TEXT, 1), shards=all_shards(tasks))
     distributed.barrier("prepare: shards")
     if distributed.is_main():
@@ -135,7 +164,13 @@ def open_splits(config: Config, folder: Path, pipeline: Pipeline) -> dict[Split,
     return splits
 
 
-def make_plan(config: Config, options: Options, pipeline: Pipeline, examples: dict[Split, int]) -> Plan:
+def make_plan(
+    config: Config,
+    options: Options,
+    pipeline: Pipeline,
+    examples: dict[Split, int],
+    teacher: dict[str, Any] | None = None,
+) -> Plan:
     """Raises InputError for an image size that the VAE's downsampling does not divide."""
     size = config.data.image_size
     return Plan(
@@ -156,6 +191,7 @@ def make_plan(config: Config, options: Options, pipeline: Pipeline, examples: di
         sources=tuple(config.data.sources),
         held_out=config.data.held_out,
         examples=examples,
+        teacher=teacher,
     )
 
 
@@ -215,28 +251,24 @@ def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str) -> Enc
 
 
 def compute(
-    tasks: Sequence[Task], sources: dict[Split, Source], encode: Encode, config: Config, options: Options
+    tasks: Sequence[Task],
+    readers: dict[Split, Read],
+    encode: Encode,
+    names: Sequence[str],
+    batch_size: int,
+    config: Config,
 ) -> None:
     """Writes the shards that are not finished yet. Raises InputError as `readable` does."""
-    names = ("latent_mean", *(["latent_std"] if options.latents == "mean_std" else []), "text_states")
-    batch_size = options.batch_size * jax.local_device_count()
-    fit = Fit(
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        crop="center",
-        random_flip=False,
-        caption_dropout=0.0,
-        null_text=None,
-    )
+    batch_size *= jax.local_device_count()
     todo = [task for task in tasks if prepared.finished(task.file) is None]
     total, left = (sum(len(task.indices) for task in listed) for listed in (tasks, todo))
     damaged: list[str] = []
     bar = tqdm(total=total, initial=total - left, desc="preparing", unit="image", disable=not distributed.is_main())
-    with bar, ThreadPoolExecutor(os.cpu_count()) as readers:
+    with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
         for task in todo:
             before = len(damaged)
-            read = functools.partial(read_row, sources[task.split], fit)
-            rows = readable(ahead(readers, read, task.indices, 2 * batch_size), damaged, config, bar)
+            results = ahead(threads, readers[task.split], task.indices, 2 * batch_size)
+            rows = readable(results, damaged, config, bar)
             count = records.write_shard(task.file, encoded(rows, encode, names, batch_size))
             prepared.finish(task.file, Shard.of(task.file, count, damaged[before:]))
 
@@ -291,9 +323,12 @@ def encoded(rows: Iterator[Row], encode: Encode, names: Sequence[str], batch_siz
 
 
 def to_records(rows: Sequence[Row], arrays: dict[str, jax.Array], names: Sequence[str]) -> Iterator[bytes]:
-    """Raises FloatingPointError for what float16 does not hold."""
+    """Raises FloatingPointError for what float16 does not hold; noise stays float32."""
     with np.errstate(over="ignore"):
-        halves = {name: np.asarray(arrays[name])[: len(rows)].astype(_DTYPE) for name in names}
+        halves = {
+            name: np.asarray(arrays[name])[: len(rows)].astype("float32" if name == "noise" else _DTYPE)
+            for name in names
+        }
     for i, row in enumerate(rows):
         for name in names:
             if not np.isfinite(halves[name][i]).all():

@@ -14,11 +14,15 @@ from d2f_jax import step as steps
 from d2f_jax.models.unet import Remat
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
+from d2f_jax.settings import make_objective
 
 
 def load(config: Config) -> Pipeline:
     return Pipeline.from_pretrained(
-        config.model, variant=config.variant or None, dtype=config.compute_dtype, convention=config.convention
+        config.model,
+        variant=config.variant or None,
+        dtype=config.compute_dtype,
+        alignment=make_objective(config).alignment,
     )
 
 

@@ -12,9 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from d2f_jax import program, report
-from d2f_jax.alignment import Convention
+from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.errors import InputError
-from d2f_jax.pipeline import Pipeline, Sampler
+from d2f_jax.pipeline import Pipeline
+from d2f_jax.sampler import Sampler, SamplerName
+from d2f_jax.sde import SDE, Form, LastStep
 
 _MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id, or the embedded tiny-sd.")
 _LORA = flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
@@ -24,12 +26,22 @@ _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to steer away from.
 _OUT = flags.DEFINE_string("out", "samples.png", "The picture to write.")
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
-    "flow",
-    get_args(Sampler),
-    "flow: Euler on flow time; ddim: for a model as it came; ddim_on_flow_grid: the pictures of flow, by DDIM.",
+    "euler",
+    get_args(SamplerName),
+    "euler, heun, midpoint, rk4: steps in flow time; dopri5: as many as --rtol asks; sde_: random ones; ddim: for a "
+    "diffusion model as it came; ddim_on_flow_grid: the pictures of euler, by DDIM.",
 )
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "Network evaluations (twice as many with guidance).", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "Steps of the sampler.", lower_bound=1)
+_SHIFT = flags.DEFINE_float("shift", 1.0, "Above 1: flow steps denser near noise.", lower_bound=1e-3)
+_ETA = flags.DEFINE_float("eta", 0.0, "DDIM's share of new noise: 0 deterministic, 1 DDPM.", 0.0, 1.0)
+_SDE_FORM = flags.DEFINE_enum("sde_form", "sigma", get_args(Form), "How the noise of sde_ samplers depends on time.")
+_SDE_NORM = flags.DEFINE_float("sde_norm", 1.0, "How much of it.", lower_bound=0.0)
+_SDE_LAST = flags.DEFINE_enum("sde_last_step", "euler", get_args(LastStep), "Their last step, which adds no noise.")
+_SDE_LAST_SIZE = flags.DEFINE_float("sde_last_step_size", 0.04, "Of flow time.", 0.0, 1.0)
+_RTOL = flags.DEFINE_float("rtol", 1e-3, "Relative tolerance of dopri5.", lower_bound=1e-7)
+_ATOL = flags.DEFINE_float("atol", 1e-4, "Absolute tolerance of dopri5.", lower_bound=1e-7)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance; 1 is none.")
+_RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1; 0.7 keeps strong guidance from glaring.", 0.0, 1.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise; image i of a seed is always the same.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 1, "How many of each.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Images computed at once.", lower_bound=1)
@@ -37,7 +49,7 @@ _HEIGHT = flags.DEFINE_integer("height", None, "Pixels; the model's own size by 
 _WIDTH = flags.DEFINE_integer("width", None, "Pixels; the model's own size by default.")
 _VARIANT = flags.DEFINE_string("variant", None, "Of the weights' files, such as fp16.")
 _CONVENTION = flags.DEFINE_enum(
-    "convention", "exact", get_args(Convention), "reference: for checkpoints of the paper's published code."
+    "convention", None, get_args(Convention), "reference: for checkpoints of the paper's published code."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the networks compute in.")
 
@@ -51,12 +63,28 @@ def main() -> None:
         raise InputError(f"--out={out}: the folder {out.parent} does not exist; create it first")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise InputError(f"--out={out}: no picture format is called {out.suffix!r}; write .png")
+    sampler = Sampler(
+        name=cast(SamplerName, _SAMPLER.value),
+        shift=_SHIFT.value,
+        eta=_ETA.value,
+        sde=SDE(
+            form=cast(Form, _SDE_FORM.value),
+            norm=_SDE_NORM.value,
+            last_step=cast(LastStep, _SDE_LAST.value),
+            last_step_size=_SDE_LAST_SIZE.value,
+        ),
+        rtol=_RTOL.value,
+        atol=_ATOL.value,
+    )
+    convention = cast(Convention | None, _CONVENTION.value)
     pipeline = Pipeline.from_pretrained(
-        _MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value, convention=cast(Convention, _CONVENTION.value)
+        _MODEL.value,
+        variant=_VARIANT.value,
+        dtype=_DTYPE.value,
+        alignment=Alignment(convention=convention) if convention else None,
     )
     if _LORA.value is not None:
         pipeline = pipeline.with_lora(_LORA.value)
-    noise = pipeline.noise(_SEED.value, len(prompts), _HEIGHT.value, _WIDTH.value)
     images = []
     with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:
         for i in range(0, len(prompts), _BATCH.value):
@@ -66,9 +94,13 @@ def main() -> None:
                     chunk,
                     num_steps=_NUM_STEPS.value,
                     guidance_scale=_GUIDANCE.value,
+                    guidance_rescale=_RESCALE.value,
                     negative_prompt=_NEGATIVE.value,
-                    noise=noise[i : i + _BATCH.value],
-                    sampler=cast(Sampler, _SAMPLER.value),
+                    seed=_SEED.value,
+                    first=i,
+                    height=_HEIGHT.value,
+                    width=_WIDTH.value,
+                    sampler=sampler,
                 )
             )
             bar.update(len(chunk))

@@ -1,55 +1,123 @@
-"""Samplers as pure functions: Euler steps of a flow, deterministic DDIM of a diffusion model, the bridge between them.
+"""Samplers as pure functions: solvers of a flow's equation, DDIM of a diffusion model, the bridge between them.
 
 A grid is an argument of the compiled program, and how many of its points count is decided when it runs: pad grids to
-one length (`pad_grid`, `pad_timesteps`) and one program serves every number of steps.
+one length (`pad_grid`, `pad_timesteps`) and one program serves every number of steps. Random samplers take `keys_B`,
+one key for every example, so that an example does not depend on its batch.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from d2f_jax import alignment
+from d2f_jax import alignment, flow
 from d2f_jax.errors import InputError
 from d2f_jax.schedule import NoiseSchedule
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, scalar t) -> velocity
 Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x_tau, scalar tau) -> the diffusion network's prediction
+Solver = Literal["euler", "heun", "midpoint", "rk4"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
-def flow_grid(schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
-    """Flow times float32 [N+1], uniform from the last diffusion timestep's to 1."""
-    first = float(alignment.flow_time(schedule, schedule.num_train_timesteps - 1))
-    return np.linspace(first, 1.0, num_steps + 1).astype(np.float32)
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method: stage i looks at `t + c[i] h` and at `x + h a[i] @ slopes`."""
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+
+
+def _tableau(a: list[list[float]], b: list[float]) -> Tableau:
+    rows = np.array(a, np.float32)
+    return Tableau(rows, np.array(b, np.float32), rows.sum(axis=1))
+
+
+TABLEAUS: dict[Solver, Tableau] = {
+    "euler": _tableau([[0]], [1]),
+    "heun": _tableau([[0, 0], [1, 0]], [1 / 2, 1 / 2]),
+    "midpoint": _tableau([[0, 0], [1 / 2, 0]], [0, 1]),
+    "rk4": _tableau([[0, 0, 0, 0], [1 / 2, 0, 0, 0], [0, 1 / 2, 0, 0], [0, 0, 1, 0]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+}
+
+
+def flow_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0, aligned: bool = True) -> np.ndarray:
+    """Flow times float32 [N+1] up to 1, uniform, or denser near noise for a `shift` above 1.
+
+    The first is the last diffusion timestep's, before which an aligned flow knows nothing; without alignment it is 0.
+    """
+    first = float(alignment.flow_time(schedule, schedule.num_train_timesteps - 1)) if aligned else 0.0
+    return (first + (1 - first) * flow.shifted(np.linspace(0.0, 1.0, num_steps + 1), shift)).astype(np.float32)
 
 
 def pad_grid(grid: np.ndarray, length: int) -> np.ndarray:
-    """`grid` followed by 1s, which `euler` does not step through."""
-    return np.concatenate([grid, np.ones(length - len(grid), np.float32)])
+    """`grid` followed by its last point, between which `solve` takes no steps."""
+    return np.concatenate([grid, np.full(length - len(grid), grid[-1], np.float32)])
 
 
-def initial_state(noise: jax.Array, grid: jax.Array) -> jax.Array:
-    """Where the flow starts: the diffusion prior begins with x_tau = noise, which is x_t = noise / s(t_0)."""
-    t = grid[0]
+def from_noise(noise: jax.Array, t: ArrayLike) -> jax.Array:
+    """The flow's state at its first time `t`: a diffusion prior begins with x_tau = noise, which is x_t = noise / s."""
     return jnp.asarray(noise, jnp.float32) * jnp.sqrt(t**2 + (1 - t) ** 2)
 
 
-def euler(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """Euler steps from `grid[0]` to 1 along `grid` [N+1], which rises; the state is float32."""
-    grid = jnp.asarray(grid, jnp.float32)
+def to_noise(x: jax.Array, t: ArrayLike) -> jax.Array:
+    """The noise that a flow with state `x` at its first time `t` began with."""
+    return jnp.asarray(x, jnp.float32) / jnp.sqrt(t**2 + (1 - t) ** 2)
+
+
+def solve(velocity: Velocity, x: jax.Array, grid: jax.Array, solver: Solver = "euler") -> jax.Array:
+    """Steps along `grid` [N+1], which rises to data or falls to noise; the state is float32.
+
+    The network is compiled once, whatever the solver; it is evaluated as often as a step has stages.
+    """
+    grid, tableau = jnp.asarray(grid, jnp.float32), TABLEAUS[solver]
+    a, b, c = map(jnp.asarray, tableau)
+
+    def weighed(weights: jax.Array, slopes: jax.Array) -> jax.Array:
+        # Not a dot product, which TPUs would round to bfloat16.
+        return jnp.sum(weights.reshape(-1, *(1,) * (slopes.ndim - 1)) * slopes, axis=0)
 
     def step(i: jax.Array, x: jax.Array) -> jax.Array:
-        return x + (grid[i + 1] - grid[i]) * velocity(x, grid[i])
+        t, h = grid[i], grid[i + 1] - grid[i]
 
-    return jax.lax.fori_loop(0, jnp.sum(grid[:-1] < 1), step, jnp.asarray(x, jnp.float32))
+        def stage(j: jax.Array, slopes: jax.Array) -> jax.Array:
+            return slopes.at[j].set(velocity(x + h * weighed(a[j], slopes), t + c[j] * h))
+
+        if len(tableau.c) == 1:
+            return x + h * velocity(x, t)
+        slopes = jax.lax.fori_loop(0, len(tableau.c), stage, jnp.zeros((len(tableau.c), *x.shape), jnp.float32))
+        return x + h * weighed(b, slopes)
+
+    return jax.lax.fori_loop(0, jnp.sum(grid[1:] != grid[:-1]), step, jnp.asarray(x, jnp.float32))
+
+
+def solve_adaptive(
+    velocity: Velocity, x: jax.Array, first: ArrayLike, last: ArrayLike, *, rtol: float, atol: float
+) -> jax.Array:
+    """Dormand and Prince's method of fifth order from time `first` to `last`, steps chosen for the whole batch.
+
+    Fails at run time if 4096 steps are not enough.
+    """
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, x, _: velocity(x, jnp.asarray(t))),
+        diffrax.Dopri5(),
+        t0=jnp.asarray(first, jnp.float32),
+        t1=jnp.asarray(last, jnp.float32),
+        dt0=None,
+        y0=jnp.asarray(x, jnp.float32),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        saveat=diffrax.SaveAt(t1=True),
+    )
+    assert solution.ys is not None
+    return solution.ys[-1]
 
 
 def diffusers_sigmas(grid: np.ndarray) -> list[float]:
-    """`sigmas` for diffusers' `EulerDiscreteScheduler.set_timesteps`; its steps are then those of `euler` on `grid`.
+    """`sigmas` for diffusers' `EulerDiscreteScheduler.set_timesteps`; its steps are then Euler's on `grid`.
 
     A grid from t = 0, as schedules of zero terminal SNR have it, begins there with an infinite sigma. It becomes 4095,
     about the largest that diffusers itself computes for them; the steps then agree to 1/4095.
@@ -81,13 +149,21 @@ def pad_timesteps(timesteps: np.ndarray, length: int) -> np.ndarray:
 
 
 def ddim(
-    schedule: NoiseSchedule, predict: Predict, x: jax.Array, timesteps: jax.Array, final_alpha_cumprod: ArrayLike
+    schedule: NoiseSchedule,
+    predict: Predict,
+    x: jax.Array,
+    timesteps: jax.Array,
+    final_alpha_cumprod: ArrayLike,
+    *,
+    eta: ArrayLike = 0.0,
+    keys_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Deterministic DDIM (arXiv 2010.02502, eta = 0) from x_tau = noise along `timesteps` [N], which fall.
+    """DDIM (arXiv 2010.02502, equations 12 and 16) from x_tau = noise along `timesteps` [N], which fall.
 
+    `eta` is the share of a step's noise that is drawn anew, with `keys_B`: 0 is deterministic, 1 DDPM's posterior.
     `final_alpha_cumprod` is the signal power that the last step goes to: 1, or `alphas_cumprod[0]` for schedulers with
     `set_alpha_to_one=false`. Timesteps may be fractional; alpha and sigma then follow from their flow time. The step is
-    the textbook's, written for the diffusion state, so that agreement with `euler` is a test of both.
+    the textbook's, written for the diffusion state, so that agreement with `solve` is a test of both.
     """
     timesteps = jnp.asarray(timesteps, jnp.float32)
     count = jnp.sum(timesteps >= 0)
@@ -107,6 +183,29 @@ def ddim(
                 data, noise = alpha * x - sigma * prediction, alpha * prediction + sigma * x
             case "sample":
                 data, noise = prediction, (x - alpha * prediction) / sigma
-        return alphas[i + 1] * data + sigmas[i + 1] * noise
+        next_alpha, next_sigma = alphas[i + 1], sigmas[i + 1]
+        if keys_B is None:
+            return next_alpha * data + next_sigma * noise
+        fresh = eta * next_sigma / sigma * jnp.sqrt(jnp.maximum(sigma**2 - next_sigma**2, 0)) / next_alpha
+        kept = jnp.sqrt(jnp.maximum(next_sigma**2 - fresh**2, 0))
+        return next_alpha * data + kept * noise + fresh * step_noise(keys_B, i, x.shape[1:])
 
     return jax.lax.fori_loop(0, count, step, jnp.asarray(x, jnp.float32))
+
+
+def step_noise(keys_B: jax.Array, step: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """float32 [B, *shape] for one step of a random sampler."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys_B)
+
+
+def guided(without: jax.Array, with_text: jax.Array, scale: ArrayLike, rescale: ArrayLike = 0.0) -> jax.Array:
+    """Classifier-free guidance (arXiv 2207.12598) of predictions [B, ...], in float32.
+
+    `rescale` is how far, 0 to 1, its standard deviation is brought back to that `with_text` (arXiv 2305.08891, section
+    3.4), against too bright pictures.
+    """
+    without, with_text = without.astype(jnp.float32), with_text.astype(jnp.float32)
+    out = without + scale * (with_text - without)
+    axes = tuple(range(1, out.ndim))
+    factor = jnp.std(with_text, axis=axes, keepdims=True) / jnp.maximum(jnp.std(out, axis=axes, keepdims=True), 1e-12)
+    return out * (1 + rescale * (factor - 1))

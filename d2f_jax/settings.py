@@ -6,14 +6,18 @@ from typing import Any, get_args
 
 from jax.sharding import Mesh
 
-from d2f_jax import distributed, optim, sharding
-from d2f_jax.alignment import Convention
+from d2f_jax import distributed, objectives, optim, sharding
+from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.errors import InputError
+from d2f_jax.flow import TimeDistribution
 from d2f_jax.models.unet import Remat
 from d2f_jax.program import Config
+from d2f_jax.sampler import Sampler
 
 _CHOICES = {
-    "convention": get_args(Convention),
+    "objective.name": get_args(objectives.Name),
+    "objective.convention": get_args(Convention),
+    "objective.times": ("uniform", "logit_normal"),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": get_args(Remat),
     "data.resize": ("aspect", "fixed"),
@@ -26,6 +30,9 @@ _CHOICES = {
 _LORA_GROUPS = ("self_attention", "cross_attention", "conv", "mlp")
 _LEAST = {
     "seed": 0,
+    "objective.logit_std": 1e-9,
+    "objective.shift": 1e-9,
+    "objective.min_snr_gamma": 0,
     "data.held_out": 0,
     "data.num_train": 1,
     "data.num_validation": 2,
@@ -50,6 +57,9 @@ _LEAST = {
     "train.checkpoint_every": 1,
     "train.checkpoints_kept": 1,
     "train.checkpoint_period": 0,
+    "reflow.count": 1,
+    "reflow.num_validation": 0,
+    "reflow.num_steps": 1,
     "eval.every": 1,
     "eval.seed": 0,
     "eval.num_loss_examples": 1,
@@ -76,6 +86,7 @@ _FREE = (
     "config.train.checkpoint",
     "config.train.max_bad_steps",
     "config.eval.",
+    "config.reflow.",
     "config.wandb_project",
 )
 
@@ -94,6 +105,9 @@ def check(config: Config, mesh: Mesh) -> None:
             raise InputError(f"config.{name}={value} is too small; use {bound} or more")
         if value > _MOST.get(name, value):
             raise InputError(f"config.{name}={value} is too large; use {_MOST[name]} or less")
+    make_objective(config)
+    eval_sampler(config)
+    reflow_sampler(config)
     for group in _LORA_GROUPS:
         rank, ratio = (values[f"config.lora.{group}_{size}"] for size in ("rank", "ratio"))
         if rank and ratio:
@@ -112,6 +126,40 @@ def check(config: Config, mesh: Mesh) -> None:
     if weights and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
         raise InputError(f"config.data.weights={weights}: give a positive number for each of {len(sources)} sources")
     sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
+
+
+def make_objective(config: Config) -> objectives.Objective:
+    """Raises InputError for settings of one objective that are given to another."""
+    o, all_three = config.objective, ("timestep", "state", "velocity")
+    align = () if o.name == "flow_matching" else tuple(o.align)
+    if not set(align) <= set(all_three) or len(set(align)) < len(align):
+        raise InputError(
+            f"config.objective.align={o.align}: give each of {', '.join(all_three)} once, or fewer of them"
+        )
+    if o.name != "diff2flow" and set(o.align) != set(all_three):
+        raise InputError(f"config.objective.align={o.align} is diff2flow's; leave it as it is for {o.name}")
+    if o.raw_time and "timestep" in align:
+        raise InputError("config.objective.raw_time=True, but the timestep is aligned; leave timestep out of align")
+    if o.min_snr_gamma and o.name != "diffusion":
+        raise InputError(f"config.objective.min_snr_gamma={o.min_snr_gamma} is of diffusion; use 0 for {o.name}")
+    return objectives.Objective(
+        name=o.name,
+        alignment=Alignment(
+            **{what: what in align for what in all_three}, raw_time=o.raw_time, convention=o.convention
+        ),
+        times=TimeDistribution(name=o.times, mean=o.logit_mean, std=o.logit_std, shift=o.shift),
+        min_snr_gamma=o.min_snr_gamma,
+    )
+
+
+def eval_sampler(config: Config) -> Sampler:
+    """Raises InputError as Sampler does."""
+    return Sampler(config.eval.sampler, shift=config.eval.shift)
+
+
+def reflow_sampler(config: Config) -> Sampler:
+    """Raises InputError as Sampler does."""
+    return Sampler(config.reflow.sampler, shift=config.reflow.shift)
 
 
 def claim(workdir: Path, config: Config) -> None:

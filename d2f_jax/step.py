@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from d2f_jax import flow, lora, objectives, optim, sharding
-from d2f_jax.alignment import Convention
 from d2f_jax.models.layers import in_compute_dtype
+from d2f_jax.objectives import Objective
 from d2f_jax.schedule import NoiseSchedule
 
 Batch = dict[str, jax.Array]
@@ -71,7 +71,7 @@ class StepOptions:
 
     latent_scale: float
     lora_scale: float
-    convention: Convention
+    objective: Objective
     compute_dtype: str
     ema_decay: float
     ema_start: int
@@ -115,7 +115,7 @@ def make_loss(
         def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
             return unet(dm_x, tau_B, text_BxLxD)
 
-        return objectives.diff2flow(schedule, predict, x_1, draws.x_0, draws.t_B, options.convention)
+        return objectives.loss(options.objective, schedule, predict, x_1, draws.x_0, draws.t_B)
 
     return loss
 
@@ -141,7 +141,8 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         examples = jnp.sum(batch["weight"])
-        draws = sharding.split_rows(mesh, draw(jax.random.fold_in(state.root_key, state.step), networks, frozen, batch))
+        key = jax.random.fold_in(state.root_key, state.step)
+        draws = sharding.split_rows(mesh, draw(key, options.objective.times, networks, frozen, batch))
         batch = batch | {"weight": batch["weight"] / jnp.maximum(examples, 1)}
         mean_loss, grads = accumulated(
             lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
@@ -193,12 +194,12 @@ def encoded(
     return latent.mean, latent.std, text_BxLxD
 
 
-def draw(key: jax.Array, networks: Networks, frozen: Frozen, batch: Batch) -> Draws:
+def draw(key: jax.Array, times: flow.TimeDistribution, networks: Networks, frozen: Frozen, batch: Batch) -> Draws:
     """For the whole batch; noise that comes with it is taken instead of drawn."""
     posterior_key, noise_key, time_key = jax.random.split(key, 3)
     shape = latent_shape(networks, frozen, batch)
     x_0 = batch["noise"] if "noise" in batch else jax.random.normal(noise_key, shape)
-    return Draws(jax.random.normal(posterior_key, shape), x_0, flow.sample_times(time_key, shape[:1]))
+    return Draws(jax.random.normal(posterior_key, shape), x_0, flow.sample_times(time_key, shape[:1], times))
 
 
 def latent_shape(networks: Networks, frozen: Frozen, batch: Batch) -> tuple[int, ...]:

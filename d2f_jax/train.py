@@ -43,7 +43,7 @@ from d2f_jax.datasets import Data
 from d2f_jax.errors import InputError, Preempted
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.settings import check, claim
+from d2f_jax.settings import check, claim, eval_sampler, make_objective
 from d2f_jax.watch import Insight, Watch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of configs/, with :arg where it takes one.")
@@ -138,7 +138,7 @@ def step_options(config: Config, pipeline: Pipeline) -> steps.StepOptions:
     return steps.StepOptions(
         latent_scale=pipeline.vae.config.scaling_factor,
         lora_scale=config.lora.scale,
-        convention=config.convention,
+        objective=make_objective(config),
         compute_dtype=config.compute_dtype,
         ema_decay=config.train.ema_decay,
         ema_start=config.train.ema_start,
@@ -275,7 +275,7 @@ def finish(
         real = metrics.feature_statistics(classifier, images)
         score = functools.partial(metrics.shapes_scores, classifier, prompts=prompts, reference=real)
     comparison = evaluate.compare(
-        evaluate.contenders(before, after),
+        evaluate.contenders(before, after, config.objective.name, eval_sampler(config)),
         prompts,
         step_counts=config.eval.step_counts,
         batch_size=config.eval.batch_size,

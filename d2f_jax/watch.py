@@ -15,6 +15,7 @@ from d2f_jax import step as steps
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
+from d2f_jax.settings import eval_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Watch:
         if step < self._config.train.num_steps:
             config = self._config.eval
             drawn = evaluate.compare(
-                [evaluate.Contender(f"step {step}", self._insight.pipeline(params), "flow")],
+                [evaluate.Contender(f"step {step}", self._insight.pipeline(params), eval_sampler(self._config))],
                 self._insight.prompts,
                 step_counts=config.step_counts,
                 batch_size=config.batch_size,

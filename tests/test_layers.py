@@ -8,12 +8,12 @@ import d2f_jax
 ROOT = Path(d2f_jax.__file__).parent
 LAYERS = [
     {"errors"},
-    {"schedule", "flow", "alignment", "sampling"},
+    {"schedule", "flow", "alignment", "sampling", "sde", "sampler"},
     {"models", "lora"},
     {"chips", "distributed", "objectives", "optim", "sharding", "step", "validation"},
     {"checkpoint", "data", "lora_files", "metrics", "report", "weights"},
     {"pipeline"},
-    {"datasets", "evaluate", "prepare", "prior", "program", "sample", "settings", "train", "watch"},
+    {"datasets", "evaluate", "prepare", "prior", "program", "reflow", "sample", "settings", "train", "watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

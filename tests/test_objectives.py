@@ -1,13 +1,19 @@
 """The objective: zero for a network that knows, the plain flow-matching error for one that doesn't; and flow times."""
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
-from schedules import SD, config
+import torch
+from diffusers.training_utils import compute_snr
+from schedules import SD, ZERO_SNR, config
 
 from d2f_jax import NoiseSchedule, alignment, flow, objectives
+from d2f_jax.alignment import Alignment
+from d2f_jax.objectives import Objective
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 X_1, X_0 = jax.random.normal(jax.random.key(0), (2, 32, 4, 4, 2))
@@ -29,7 +35,7 @@ def test_a_network_that_knows_has_no_loss(kind: str) -> None:
     schedule = NoiseSchedule.from_config(config(SD, kind))
     last, first = (float(alignment.flow_time(schedule, i)) for i in (999, 0))
     t_B = jnp.linspace(last + 1e-4, first - 1e-4, 32)
-    assert objectives.diff2flow(schedule, oracle(schedule), X_1, X_0, t_B).max() < 1e-6
+    assert objectives.loss(Objective(), schedule, oracle(schedule), X_1, X_0, t_B).max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +48,7 @@ def test_the_network_sees_its_own_coordinates(kind: str) -> None:
         seen.update(x=dm_x, tau=tau_B)
         return dm_x
 
-    objectives.diff2flow(schedule, predict, X_1, X_0, alignment.flow_time(schedule, tau_B))
+    objectives.loss(Objective(), schedule, predict, X_1, X_0, alignment.flow_time(schedule, tau_B))
     power = schedule.alphas_cumprod[tau_B.astype(int)][:, None, None, None]
     np.testing.assert_allclose(seen["tau"], tau_B, atol=2e-3)
     np.testing.assert_allclose(seen["x"], jnp.sqrt(power) * X_1 + jnp.sqrt(1 - power) * X_0, atol=5e-6)
@@ -52,7 +58,7 @@ def test_the_loss_is_the_error_of_the_velocity() -> None:
     # An epsilon network whose noise is off by d has a velocity off by d/t.
     schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
     t_B = jnp.linspace(0.1, 0.95, 32)
-    loss_B = objectives.diff2flow(schedule, lambda dm_x, tau_B: X_0 + 0.3, X_1, X_0, t_B)
+    loss_B = objectives.loss(Objective(), schedule, lambda dm_x, tau_B: X_0 + 0.3, X_1, X_0, t_B)
     np.testing.assert_allclose(loss_B, (0.3 / t_B) ** 2, rtol=1e-3)
 
 
@@ -64,6 +70,123 @@ def test_interpolation_has_the_velocity_as_derivative() -> None:
     np.testing.assert_array_equal(flow.interpolate(X_1, X_0, 1.0), X_1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_knows_has_no_diffusion_loss(kind: str) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, kind))
+    objective = Objective("diffusion")
+    t_B = jnp.linspace(0, 1, 32)
+    assert objectives.loss(objective, schedule, oracle(schedule), X_1, X_0, t_B).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_diffusion_loss_is_that_of_diffusers(kind: str) -> None:
+    schedule, scheduler = NoiseSchedule.from_config(config(SD, kind)), diffusers.DDPMScheduler(**config(SD, kind))
+    tau_B = np.arange(32) * 32
+    data, noise, tau = torch.tensor(np.asarray(X_1)), torch.tensor(np.asarray(X_0)), torch.tensor(tau_B)
+    noisy = scheduler.add_noise(data, noise, tau)
+    velocity = scheduler.get_velocity(data, noise, tau)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": data}[kind]
+    theirs = ((torch.sin(noisy + tau[:, None, None, None] / 100) - target) ** 2).mean((1, 2, 3))
+
+    def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
+        return jnp.sin(dm_x + tau_B[:, None, None, None] / 100)
+
+    ours = objectives.diffusion(schedule, predict, X_1, X_0, jnp.asarray(tau_B))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weights_are_those_of_diffusers_training(kind: str) -> None:
+    schedule, scheduler = NoiseSchedule.from_config(config(SD, kind)), diffusers.DDPMScheduler(**config(SD, kind))
+    tau_B = np.arange(32) * 32
+    snr = compute_snr(scheduler, torch.tensor(tau_B)).numpy()
+    weight = np.minimum(snr, 5) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
+    plain, weighted = (
+        objectives.diffusion(schedule, lambda x, tau: jnp.zeros_like(x), X_1, X_0, jnp.asarray(tau_B), gamma)
+        for gamma in (0.0, 5.0)
+    )
+    np.testing.assert_allclose(weighted, plain * weight, rtol=1e-4)
+
+
+def test_min_snr_without_signal_is_finite() -> None:
+    schedule = NoiseSchedule.from_config(config(ZERO_SNR, "v_prediction"))
+    zeros = objectives.diffusion(schedule, lambda x, tau: x, X_1, X_0, jnp.full(32, 999), 5.0)
+    np.testing.assert_array_equal(zeros, np.zeros(32))
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_naive_flow_matching_knows_nothing_of_diffusion(raw: bool) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=raw)
+    t_B = jnp.linspace(0, 1, 32)
+    seen = {}
+
+    def predict(x: jax.Array, tau_B: jax.Array) -> jax.Array:
+        seen.update(x=x, tau=tau_B)
+        return X_1 - X_0 + 0.5
+
+    loss_B = objectives.loss(Objective("flow_matching", naive), schedule, predict, X_1, X_0, t_B)
+    np.testing.assert_allclose(loss_B, np.full(32, 0.25), rtol=1e-5)
+    np.testing.assert_array_equal(seen["x"], flow.interpolate(X_1, X_0, t_B))
+    np.testing.assert_allclose(seen["tau"], t_B if raw else 1000 * (1 - t_B), rtol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["timestep", "state", "velocity"])
+def test_each_alignment_alone_changes_only_its_part(part: str) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
+    alone = Alignment(**{name: name == part for name in ("timestep", "state", "velocity")})
+    t, seen = jnp.float32(0.7), {}
+
+    def predict(x: jax.Array, tau: jax.Array) -> jax.Array:
+        seen.update(x=x, tau=tau)
+        return 0.3 * X_0
+
+    out = alignment.velocity_field(schedule, predict, alone)(X_1, t)
+    tau, x = alignment.diffusion_timestep(schedule, t), alignment.to_diffusion(schedule, X_1, t)
+    np.testing.assert_array_equal(seen["tau"], tau if part == "timestep" else 1000 * (1 - t))
+    np.testing.assert_array_equal(seen["x"], x if part == "state" else X_1)
+    expected = alignment.velocity(schedule, 0.3 * X_0, X_1, t) if part == "velocity" else 0.3 * X_0
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_only_what_is_valid_counts() -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
+    t_B = jnp.linspace(0.1, 0.9, 32)
+    half = jnp.concatenate([jnp.ones((32, 4, 2, 1)), jnp.zeros((32, 4, 2, 1))], axis=2).at[3].set(0)
+
+    def loss(x_1: jax.Array, valid: jax.Array) -> jax.Array:
+        return objectives.flow_matching(lambda x, t: jnp.zeros_like(x), x_1, X_0, t_B, valid)
+
+    expected = jnp.mean((X_1 - X_0)[:, :, :2] ** 2, axis=(1, 2, 3)).at[3].set(0)
+    np.testing.assert_allclose(loss(X_1, half), expected, rtol=1e-5)
+    grad = jax.grad(lambda x_1: loss(x_1, half).sum())(X_1)
+    assert np.isfinite(grad).all() and not grad[:, :, 2:].any() and not grad[3].any()
+    for name in ("diff2flow", "diffusion"):
+        predict = oracle(schedule)
+        assert objectives.loss(Objective(name), schedule, predict, X_1, X_0, t_B, half).max() < 1e-5
+
+
+def test_uniform_times_draw_every_timestep_alike() -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    t = (jnp.arange(1000) + 0.5) / 1000
+    np.testing.assert_array_equal(objectives.discrete_timestep(schedule, t), np.arange(999, -1, -1))
+    np.testing.assert_array_equal(objectives.discrete_timestep(schedule, jnp.array([0.0, 1.0])), [999, 0])
+
+
 def test_flow_times_are_uniform() -> None:
     times = flow.sample_times(jax.random.key(1), (20_000,))
     assert scipy.stats.kstest(times, "uniform").pvalue > 1e-3
+
+
+def test_flow_times_are_logit_normal() -> None:
+    times = flow.sample_times(jax.random.key(1), (20_000,), flow.TimeDistribution("logit_normal", mean=-0.5, std=1.5))
+    logits = scipy.special.logit(np.asarray(times, np.float64))
+    assert scipy.stats.kstest(logits, scipy.stats.norm(-0.5, 1.5).cdf).pvalue > 1e-3
+
+
+def test_a_shift_multiplies_the_odds_of_noise() -> None:
+    plain = flow.sample_times(jax.random.key(1), (1000,))
+    moved = flow.sample_times(jax.random.key(1), (1000,), flow.TimeDistribution(shift=3.0))
+    np.testing.assert_allclose((1 - moved) / moved, 3 * (1 - plain) / plain, rtol=1e-3)
+    np.testing.assert_array_equal(flow.shifted(plain, 1.0), plain)
+    np.testing.assert_array_equal(flow.shifted(jnp.array([0.0, 1.0]), 3.0), [0, 1])

@@ -1,11 +1,14 @@
-"""Euler steps in flow time are DDIM, and both are what diffusers computes."""
+"""Euler steps in flow time are DDIM, both are what diffusers computes, and solvers have the order they should."""
 
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.schedulers import scheduling_ddpm
 from schedules import SD, ZERO_SNR, config
 
 from d2f_jax import NoiseSchedule, alignment, sampling
@@ -29,7 +32,7 @@ NOISE = np.asarray(jax.random.normal(jax.random.key(0), (2, 4, 4, 3)))
 
 
 def flow_samples(schedule: NoiseSchedule, grid: np.ndarray) -> np.ndarray:
-    sample = jax.jit(lambda x, grid: sampling.euler(velocity_of(schedule), sampling.initial_state(x, grid), grid))
+    sample = jax.jit(lambda x, grid: sampling.solve(velocity_of(schedule), sampling.from_noise(x, grid[0]), grid))
     return np.asarray(sample(NOISE, grid))
 
 
@@ -110,16 +113,96 @@ def test_padding_changes_nothing() -> None:
     )
 
 
-def test_euler_is_of_first_order() -> None:
+def swirl(x: jax.Array, t: jax.Array) -> jax.Array:
+    """Smooth, and linear neither in x nor in t."""
+    return jnp.sin(3 * t + x) * x[..., ::-1] - 0.5 * x
+
+
+def exact_swirl(x: np.ndarray, first: float, last: float) -> np.ndarray:
+    def f(t, y):
+        y = y.reshape(x.shape)
+        return (np.sin(3 * t + y) * y[..., ::-1] - 0.5 * y).ravel()
+
+    x = x.astype(np.float64)
+    return scipy.integrate.solve_ivp(f, (first, last), x.ravel(), rtol=1e-11, atol=1e-12).y[:, -1].reshape(x.shape)
+
+
+@pytest.mark.parametrize(("solver", "expected"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
+@pytest.mark.parametrize("back", [False, True])
+def test_solvers_have_their_order_in_both_directions(solver: sampling.Solver, expected: int, back: bool) -> None:
+    steps = np.array([4, 6, 8, 12] if solver == "rk4" else [32, 48, 64, 96])
+    ends = (1.0, 0.1) if back else (0.1, 1.0)
+    truth = exact_swirl(NOISE, *ends)
+    solve = jax.jit(lambda x, grid: sampling.solve(swirl, x, grid, solver))
+    errors = [np.abs(solve(NOISE, np.linspace(*ends, n + 1, dtype=np.float32)) - truth).mean() for n in steps]
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(expected, abs=0.25)
+
+
+def test_adaptive_steps_meet_their_tolerance() -> None:
+    for ends in ((0.1, 1.0), (1.0, 0.1)):
+        x = sampling.solve_adaptive(swirl, jnp.asarray(NOISE), *ends, rtol=1e-5, atol=1e-5)
+        assert np.abs(x - exact_swirl(NOISE, *ends)).mean() < 1e-4
+
+
+def test_back_and_forth_is_where_it_began() -> None:
     schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
-    fine = flow_samples(schedule, sampling.flow_grid(schedule, 4096))
-    steps = np.array([32, 64, 128, 256])
-    errors = [np.abs(flow_samples(schedule, sampling.flow_grid(schedule, n)) - fine).mean() for n in steps]
-    order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    assert order == pytest.approx(1, abs=0.15)
+    grid, field = sampling.flow_grid(schedule, 100), velocity_of(schedule)
+    data = sampling.solve(field, sampling.from_noise(NOISE, grid[0]), grid, "heun")
+    noise = sampling.to_noise(sampling.solve(field, data, grid[::-1], "heun"), grid[0])
+    np.testing.assert_allclose(noise, NOISE, atol=5e-3)
+
+
+def test_a_shifted_grid_keeps_its_ends_and_is_denser_near_noise() -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
+    plain, moved = (sampling.flow_grid(schedule, 10, shift=shift) for shift in (1.0, 3.0))
+    np.testing.assert_array_equal(plain[[0, -1]], moved[[0, -1]])
+    assert (moved[1:-1] < plain[1:-1]).all() and (np.diff(moved) > 0).all()
+    assert sampling.flow_grid(schedule, 4, aligned=False).tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_one_step_with_the_true_velocity_is_exact() -> None:
     data = np.random.default_rng(1).normal(size=NOISE.shape).astype(np.float32)
-    x = sampling.euler(lambda x, t: jnp.asarray(data - NOISE), jnp.asarray(NOISE), jnp.array([0.0, 1.0]))
-    np.testing.assert_allclose(x, data, atol=1e-6)
+    for solver in sampling.TABLEAUS:
+        x = sampling.solve(lambda x, t: jnp.asarray(data - NOISE), jnp.asarray(NOISE), jnp.array([0.0, 1.0]), solver)
+        np.testing.assert_allclose(x, data, atol=1e-6)
+
+
+KEYS = jax.random.split(jax.random.key(5), 2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_ddim_with_noise_is_that_of_diffusers(kind: str, eta: float) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, kind))
+    theirs = diffusers.DDIMScheduler(**config(SD, kind), clip_sample=False, steps_offset=1)
+    theirs.set_timesteps(8)
+    x = torch.tensor(NOISE)
+    for i, tau in enumerate(theirs.timesteps):
+        drawn = torch.tensor(np.asarray(sampling.step_noise(KEYS, i, NOISE.shape[1:])))
+        x = theirs.step(network(x, tau), tau, x, eta=eta, variance_noise=drawn).prev_sample
+    timesteps = sampling.ddim_timesteps(1000, 8, "leading", 1)
+    ours = sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, 1.0, eta=eta, keys_B=KEYS)
+    assert_close(np.asarray(ours), x.numpy(), tolerance=2e-5)
+
+
+def test_ddim_with_all_noise_is_ddpm(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    theirs = diffusers.DDPMScheduler(**config(SD, "epsilon"), clip_sample=False, steps_offset=0)
+    theirs.set_timesteps(20)
+    drawn = [torch.tensor(np.asarray(sampling.step_noise(KEYS, i, NOISE.shape[1:]))) for i in range(20)]
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: drawn.pop(0))
+    x = torch.tensor(NOISE)
+    for tau in theirs.timesteps:
+        x = theirs.step(network(x, tau), tau, x).prev_sample
+    timesteps = sampling.ddim_timesteps(1000, 20)
+    ours = sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, 1.0, eta=1.0, keys_B=KEYS)
+    assert_close(np.asarray(ours), x.numpy(), tolerance=1e-4)
+
+
+def test_guidance_is_rescaled_as_in_diffusers() -> None:
+    without, with_text = np.random.default_rng(0).normal(size=(2, *NOISE.shape)).astype(np.float32)
+    for rescale in (0.0, 0.7, 1.0):
+        plain = torch.tensor(without + 7.5 * (with_text - without))
+        theirs = rescale_noise_cfg(plain, torch.tensor(with_text), guidance_rescale=rescale)
+        ours = sampling.guided(jnp.asarray(without), jnp.asarray(with_text), 7.5, rescale)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -31,8 +31,45 @@ def test_what_the_configs_say_is_allowed(config: ConfigDict) -> None:
     settings.check(config, MESH)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"objective.align": ("timestep", "speed")},
+            "config.objective.align=.* give each of timestep, state, velocity",
+        ),
+        ({"objective.name": "flow_matching", "objective.align": ("state",)}, "align=.* is diff2flow's"),
+        ({"objective.raw_time": True}, "leave timestep out of align"),
+        ({"objective.min_snr_gamma": 5.0}, "is of diffusion; use 0 for diff2flow"),
+        ({"eval.sampler": "eulr"}, "sampler='eulr' is not one of euler, heun"),
+        ({"reflow.shift": 3.0}, "ddim has its own"),
+    ],
+)
+def test_what_does_not_go_together(changes: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        settings.check(changed(**changes), MESH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "aligned"),
+    [
+        ({}, {"timestep", "state", "velocity"}),
+        ({"objective.align": ("velocity",)}, {"velocity"}),
+        ({"objective.name": "flow_matching", "objective.raw_time": True}, set()),
+        ({"objective.name": "diffusion", "objective.min_snr_gamma": 5.0}, {"timestep", "state", "velocity"}),
+    ],
+)
+def test_objectives_differ_by_what_they_align(changes: dict, aligned: set[str]) -> None:
+    settings.check(changed(**changes), MESH)
+    made = settings.make_objective(changed(**changes))
+    assert {name for name in ("timestep", "state", "velocity") if getattr(made.alignment, name)} == aligned
+    assert made.alignment.raw_time == changes.get("objective.raw_time", False)
+
+
 CHOICES = {
-    "convention": "reference",
+    "objective.name": "diffusion",
+    "objective.convention": "reference",
+    "objective.times": "logit_normal",
     "compute_dtype": "bfloat16",
     "remat": "blocks",
     "data.resize": "fixed",

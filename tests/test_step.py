@@ -13,11 +13,12 @@ import twins
 from flax import nnx
 from schedules import SD, config
 
-from d2f_jax import NoiseSchedule, lora, optim, sharding
+from d2f_jax import NoiseSchedule, flow, lora, optim, sharding
 from d2f_jax import step as steps
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
+from d2f_jax.objectives import Objective
 
 ADAM = optim.OptimizerOptions(
     name="adamw",
@@ -36,7 +37,7 @@ OPTIMIZER = optim.make_optimizer(ADAM)
 OPTIONS = steps.StepOptions(
     latent_scale=0.5,
     lora_scale=1.0,
-    convention="exact",
+    objective=Objective(),
     compute_dtype="float32",
     ema_decay=0.9,
     ema_start=0,
@@ -213,7 +214,7 @@ def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str)
 
     def kept_bytes(of: Setting) -> int:
         batch = jax.tree.map(jnp.asarray, BATCH)
-        draws = steps.draw(jax.random.key(0), of.networks, of.frozen, batch)
+        draws = steps.draw(jax.random.key(0), flow.UNIFORM, of.networks, of.frozen, batch)
         loss = steps.make_loss(of.networks, NoiseSchedule.from_config(config(SD, "v_prediction")), OPTIONS, ONE)
         _, backward = jax.vjp(lambda p: loss(p, of.frozen, batch, draws), of.trained)
         return sum(x.nbytes for x in jax.tree.leaves(backward) if hasattr(x, "nbytes"))

@@ -50,6 +50,7 @@ class Plan:
     sources: tuple[str, ...]
     held_out: int
     examples: dict[Split, int]
+    teacher: dict[str, Any] | None = None  # of pairs with noise, how it was sampled from; see `d2f_jax.reflow`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Manifest:
 
 
 class PreparedSource:
-    """The examples of a prepared folder: `text`, `text_states`, `latent_mean` and, if it was asked for, `latent_std`.
+    """The examples of a prepared folder: `text`, `text_states`, `latent_mean`, and perhaps `latent_std` or `noise`.
 
     Raises InputError unless the preparation is finished and its files have their sizes; `verify` reads them all.
     """

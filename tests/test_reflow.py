@@ -1,0 +1,113 @@
+"""Pairs for reflow: the noise and what the teacher makes of it, the same however they came about, and trained on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+from ml_collections import ConfigDict
+
+from configs import images, quickstart
+from d2f_jax import InputError, Pipeline, train
+from d2f_jax.data.prepared import PreparedSource
+from d2f_jax.pipeline import STEPS
+from d2f_jax.prepare import Options
+from d2f_jax.reflow import reflow
+from d2f_jax.sampler import Sampler
+
+OPTIONS = Options(latents="mean", shard_size=4, batch_size=1)
+COUNT, CAPTIONS = 10, 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+def config(model: Path, sampler: str) -> ConfigDict:
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        {
+            "model": str(model),
+            "seed": 3,
+            "data.image_size": 16,
+            "data.num_train": CAPTIONS,
+            "data.num_validation": 2,
+            "reflow.count": COUNT,
+            "reflow.num_validation": 2,
+            "reflow.num_steps": 3,
+            "reflow.sampler": sampler,
+        }
+    )
+    return config
+
+
+@pytest.fixture(scope="module", params=["heun", "sde_euler"])
+def made(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("pairs") / "out"
+    reflow(config(model, request.param), folder, OPTIONS)
+    return request.param, folder
+
+
+def test_a_pair_is_what_the_pipeline_samples(made: tuple[str, Path], model: Path) -> None:
+    sampler, folder = made
+    teacher, pairs = Pipeline.from_pretrained(model), PreparedSource(folder)
+    assert len(pairs) == COUNT and len(PreparedSource(folder, "validation")) == 2
+    assert pairs[0]["text"] == pairs[CAPTIONS]["text"] != pairs[1]["text"]
+    for i in (0, CAPTIONS, COUNT - 1):
+        pair = pairs[i]
+        np.testing.assert_array_equal(pair["noise"], teacher.noise(3, 1, 16, 16, first=i)[0])
+        options = {"num_steps": 3, "guidance_scale": 3.0, "seed": 3, "first": i, "height": 16, "width": 16}
+        image = teacher(pair["text"], sampler=Sampler(sampler), **options)[0].astype(int)
+        latent = np.asarray(pair["latent_mean"], np.float32)[None]
+        decoded = np.clip(np.asarray(teacher.vae.decode(latent))[0] / 2 + 0.5, 0, 1) * 255
+        assert np.abs(decoded - image).max() <= 2  # latents are float16
+    # No two pairs begin alike, neither over captions that come again nor over splits.
+    every = [p["noise"] for s in ("train", "validation") for p in PreparedSource(folder, s)]
+    assert len({array.tobytes() for array in every}) == COUNT + 2
+    assert STEPS > 2**30 + COUNT
+
+
+def test_what_was_lost_is_made_again_alike(made: tuple[str, Path], model: Path) -> None:
+    sampler, folder = made
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    lost = folder / "train-00001-of-00003.array_record"
+    lost.unlink()
+    (folder / "manifest.json").unlink()
+    reflow(config(model, sampler), folder, OPTIONS)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_another_teacher_gets_another_folder(made: tuple[str, Path], model: Path) -> None:
+    sampler, folder = made
+    other = config(model, sampler)
+    other.reflow.guidance_scale = 1.0
+    with pytest.raises(InputError, match="begun with another config: teacher"):
+        reflow(other, folder, OPTIONS)
+
+
+def test_training_on_pairs(made: tuple[str, Path], model: Path, tmp_path: Path) -> None:
+    sampler, folder = made
+    if sampler != "heun":
+        pytest.skip("training does not care how its pairs were made")
+    run = images.get_config(f"array_record:{folder}")
+    run.update_from_flattened_dict(
+        {
+            "model": str(model),
+            "data.image_size": 16,
+            "train.num_steps": 2,
+            "train.batch_size": 8,
+            "train.log_every": 1,
+            "eval.every": 2,
+            "eval.step_counts": (1, 2),
+            "eval.grid_images": 1,
+            "eval.batch_size": 1,
+        }
+    )
+    train.train(run, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2]
+    assert all(np.isfinite(r["loss"]) for r in records if "loss" in r)
+    assert any("validation_loss" in r for r in records)
+    assert (tmp_path / "export" / "model_index.json").is_file()

@@ -1,0 +1,88 @@
+"""Random samplers reach the distribution that the flow reaches, whatever noise they add on the way."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2f_jax import InputError, sampling, sde
+from d2f_jax.sde import SDE
+
+STD = 0.5  # of Gaussian data, whose velocity and score are known
+
+
+def variance(t):
+    return (t * STD) ** 2 + (1 - t) ** 2
+
+
+def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+    return x * (t * STD**2 - (1 - t)) / variance(t)
+
+
+def drawn(how: SDE, num_steps: int, solver: str, first: float = 0.05, count: int = 1 << 18) -> np.ndarray:
+    """Samples, begun with the right variance."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (count // 8,)))(jax.random.split(jax.random.key(1), 8))
+    grid = sampling.pad_grid(sde.grid(how, first, num_steps), num_steps + 9)
+    x = jnp.sqrt(variance(first)) * noise
+    return np.asarray(jax.jit(lambda x, grid: sde.solve(how, velocity, x, grid, keys, solver))(x, grid))
+
+
+def test_the_score_is_the_gradient_of_the_log_density() -> None:
+    x = jnp.linspace(-2, 2, 9)
+    for t in (0.1, 0.5, 0.9):
+        truth = jax.vmap(jax.grad(lambda x, t=t: -(x**2) / (2 * variance(t))))(x)
+        np.testing.assert_allclose(sde.score(velocity(x, jnp.float32(t)), x, t), truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", get_args(sde.Form))
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_every_form_reaches_the_data(form: sde.Form, solver: str) -> None:
+    # Tilted forms are steep near t = 0; all converge to data of the same spread.
+    samples = drawn(SDE(form, norm=0.5, last_step_size=0.01), 250, solver)
+    assert samples.std() == pytest.approx(STD, rel=0.02)
+    assert abs(samples.mean()) < 0.01
+    kurtosis = (samples**4).mean() / samples.var() ** 2
+    assert kurtosis == pytest.approx(3, rel=0.02)
+
+
+@pytest.mark.parametrize("last_step", get_args(sde.LastStep))
+def test_last_steps(last_step: sde.LastStep) -> None:
+    samples = drawn(SDE("sigma", last_step=last_step), 100, "euler")
+    assert samples.std() == pytest.approx(STD, rel=0.03)
+
+
+def test_euler_maruyama_is_of_first_weak_order() -> None:
+    steps = np.array([8, 12, 16, 24])
+    errors = [abs(drawn(SDE("sigma", last_step="none"), n, "euler", count=1 << 21).var() - STD**2) for n in steps]
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(1, abs=0.3)
+
+
+def test_without_noise_it_is_the_flow() -> None:
+    x = jnp.linspace(-2, 2, 8)[:, None]
+    how = SDE("constant", norm=0.0)
+    grid, keys = sde.grid(how, 0.1, 12), jax.random.split(jax.random.key(0), 8)
+    for solver in ("euler", "heun"):
+        ours = sde.solve(how, velocity, x, grid, keys, solver)
+        plain = sampling.solve(velocity, x, grid[:-1], solver)
+        last = sampling.solve(velocity, plain, grid[-2:], "euler")
+        np.testing.assert_allclose(ours, last, rtol=1e-5)
+
+
+def test_padding_and_other_rows_change_nothing() -> None:
+    x, keys = jnp.linspace(-2, 2, 8)[:, None], jax.random.split(jax.random.key(0), 8)
+    grid = sde.grid(SDE(), 0.0, 9)
+    whole = sde.solve(SDE(), velocity, x, grid, keys)
+    np.testing.assert_array_equal(sde.solve(SDE(), velocity, x, sampling.pad_grid(grid, 40), keys), whole)
+    np.testing.assert_allclose(sde.solve(SDE(), velocity, x[3:5], grid, keys[3:5]), whole[3:5], rtol=1e-6)
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="SBDM is infinite at t = 0"):
+        sde.grid(SDE("SBDM"), 0.0, 10)
+    with pytest.raises(InputError, match="give 2 steps or more"):
+        sde.grid(SDE(), 0.0, 1)
+    with pytest.raises(InputError, match=r"a size between 0 and 0\.9"):
+        sde.grid(SDE(last_step_size=0.95), 0.1, 10)
