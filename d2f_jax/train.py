@@ -25,9 +25,9 @@ from ml_collections import config_flags
 from d2f_jax import (
     checkpoint,
     chips,
+    comparison,
     datasets,
     distributed,
-    evaluate,
     lora_files,
     metrics,
     optim,
@@ -274,8 +274,8 @@ def finish(
         images = np.stack([example["image"] for example in examples if "image" in example])
         real = metrics.feature_statistics(classifier, images)
         score = functools.partial(metrics.shapes_scores, classifier, prompts=prompts, reference=real)
-    comparison = evaluate.compare(
-        evaluate.contenders(before, after, config.objective.name, eval_sampler(config)),
+    compared = comparison.compare(
+        comparison.contenders(before, after, config.objective.name, eval_sampler(config)),
         prompts,
         step_counts=config.eval.step_counts,
         batch_size=config.eval.batch_size,
@@ -289,11 +289,11 @@ def finish(
         return
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)
-    picture = evaluate.picture(comparison, config.eval.grid_images, zoom=evaluate.zoom(comparison))
+    picture = comparison.picture(compared, config.eval.grid_images, zoom=comparison.zoom(compared))
     picture.save(samples / "before_and_after.png")
     writer.image(config.train.num_steps, "before_and_after", picture)
     if scored:
-        table = evaluate.table(comparison)
+        table = comparison.table(compared)
         (workdir / "scores.md").write_text(table)
         print(f"\n{config.data.image_size} pixels, {len(prompts)} samples:\n\n{table}")
     print(f"pictures: {samples / 'before_and_after.png'}\nexport:   {workdir / 'export'} (a diffusers folder)")

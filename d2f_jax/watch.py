@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from d2f_jax import chips, distributed, evaluate, report
+from d2f_jax import chips, comparison, distributed, report
 from d2f_jax import step as steps
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
@@ -96,8 +96,8 @@ class Watch:
             self._writer.write(step, self._insight.validation_loss(params))
         if step < self._config.train.num_steps:
             config = self._config.eval
-            drawn = evaluate.compare(
-                [evaluate.Contender(f"step {step}", self._insight.pipeline(params), eval_sampler(self._config))],
+            drawn = comparison.compare(
+                [comparison.Contender(f"step {step}", self._insight.pipeline(params), eval_sampler(self._config))],
                 self._insight.prompts,
                 step_counts=config.step_counts,
                 batch_size=config.batch_size,
@@ -106,7 +106,7 @@ class Watch:
                 image_size=self._config.data.image_size,
                 score=None,
             )
-            picture = evaluate.picture(drawn, len(self._insight.prompts), zoom=evaluate.zoom(drawn))
+            picture = comparison.picture(drawn, len(self._insight.prompts), zoom=comparison.zoom(drawn))
             self._writer.image(step, "samples", picture)
             if distributed.is_main():
                 (self._workdir / "samples").mkdir(exist_ok=True)

@@ -13,7 +13,8 @@ LAYERS = [
     {"chips", "distributed", "objectives", "optim", "sharding", "step", "validation"},
     {"checkpoint", "data", "lora_files", "metrics", "report", "weights"},
     {"pipeline"},
-    {"datasets", "evaluate", "prepare", "prior", "program", "reflow", "sample", "settings", "train", "watch"},
+    {"comparison", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
+    | {"settings", "train", "watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

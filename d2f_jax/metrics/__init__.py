@@ -33,4 +33,5 @@ from d2f_jax.metrics.kernel import kernel_distance as kernel_distance
 from d2f_jax.metrics.means import Means as Means
 from d2f_jax.metrics.shapes_scores import Scores as Scores
 from d2f_jax.metrics.shapes_scores import feature_statistics as feature_statistics
+from d2f_jax.metrics.shapes_scores import shapes_judgement as shapes_judgement
 from d2f_jax.metrics.shapes_scores import shapes_scores as shapes_scores

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from d2f_jax.metrics.batches import check_pictures, in_batches
-from d2f_jax.metrics.captions import caption_accuracy
+from d2f_jax.metrics.captions import caption_accuracy, caption_hits
 from d2f_jax.metrics.classifier import NUM_FEATURES, ShapesClassifier
 from d2f_jax.metrics.frechet import FeatureStatistics, frechet_distance
 
@@ -38,6 +38,14 @@ def shapes_scores(
     features_NxF, logits_NxP = _judge(classifier, images_NxHxWx3)
     distance = frechet_distance(FeatureStatistics.of(features_NxF), reference)
     return Scores(distance, caption_accuracy(logits_NxP, prompts))
+
+
+def shapes_judgement(
+    classifier: ShapesClassifier, images_NxHxWx3: np.ndarray, prompts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 [N, F] of uint8 pictures, and of every solid that the captions name whether it is seen, bool."""
+    features_NxF, logits_NxP = _judge(classifier, images_NxHxWx3)
+    return features_NxF, caption_hits(logits_NxP, prompts)
 
 
 _BATCH = 64
