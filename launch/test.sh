@@ -14,4 +14,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# In the files' own order: by their numbers of tests, the few that take longest would come last, and one worker wait.
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
