@@ -50,7 +50,8 @@ def evaluate(
     data = datasets.open_data(config.data, folder, pipeline, datasets.open_given(config.data))
     examples = data.examples(config.eval.num_images)
     if distributed.is_main():
-        print(*judges.missing(), sep="\n")
+        for told in judges.missing():
+            print(told)
     if not judges.some:
         raise InputError("there is nothing to judge by: " + "; ".join(judges.missing()))
     if any("image" not in example for example in examples):
@@ -64,17 +65,17 @@ def evaluate(
         pictures = [fit_image(examples[i]["image"], config.data.image_size) for i in part]
         real = real.add(judges, part, np.array(pictures), [texts[i] for i in part])
     real = distributed.merged(real)
-    pipeline, cells, told = pipeline.on_mesh(mesh), [], {}
+    pipeline, cells, found = pipeline.on_mesh(mesh), [], {}
     work = len(texts) * sum(config.eval.step_counts)
     with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
         for num_steps in config.eval.step_counts:
             drawn, first = draw(config, pipeline, judges, texts, num_steps, bar)
-            told[num_steps] = scores(judges, distributed.merged(drawn), real)
+            found[num_steps] = scores(judges, distributed.merged(drawn), real)
             cells.append(report.tile(first, max(1, round(len(first) ** 0.5))))
     if distributed.is_main():
-        write(config, folder, told, cells, texts)
+        write(config, folder, found, cells, texts)
     distributed.barrier("evaluated")
-    return told
+    return found
 
 
 def draw(

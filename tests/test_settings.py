@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import images, quickstart
+from configs import images, quickstart, reflow, text_to_image
 from d2f_jax import InputError, settings, sharding, train
 
 MESH = sharding.make_mesh(2, 4)
@@ -19,16 +20,37 @@ def changed(**changes: object) -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        *map(quickstart.get_config, ("", *quickstart.LORA)),
-        *map(images.get_config, ("image_folder:pictures", "lora_base:image_folder:pictures")),
-    ],
-    ids=["quickstart", *quickstart.LORA, "images", "images with lora_base"],
-)
-def test_what_the_configs_say_is_allowed(config: ConfigDict) -> None:
+SOURCE = "array_record:prepared"
+CONFIGS = {
+    quickstart: ("", *quickstart.LORA),
+    images: ("image_folder:pictures", "lora_base:image_folder:pictures"),
+    text_to_image: tuple(
+        f"{name}{lora}{source}"
+        for name in text_to_image.OBJECTIVES
+        for lora in ("", ":lora_small", ":lora_base")
+        for source in ("", f":{SOURCE}")
+    ),
+    reflow: tuple(
+        f"{name}{rest}" for name in text_to_image.OBJECTIVES for rest in ("", f":{SOURCE}", f":small:{SOURCE}")
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "arg"), [(file, arg) for file, args in CONFIGS.items() for arg in args])
+def test_what_the_configs_say_is_allowed(file: ModuleType, arg: str) -> None:
+    config = file.get_config(arg)
     settings.check(config, MESH)
+    assert config.lora.enabled == ("lora" in arg)
+    if file in (text_to_image, reflow):
+        assert config.objective.name == arg.partition(":")[0]
+        assert config.data.sources == ((SOURCE,) if SOURCE in arg else ("shapes_world",))
+        assert (config.model == "tiny-sd") == (SOURCE not in arg or "small" in arg.split(":"))
+
+
+@pytest.mark.parametrize("file", [text_to_image, reflow])
+def test_an_objective_that_is_not_known(file: ModuleType) -> None:
+    with pytest.raises(ValueError, match="objective 'flow' is not known; begin with one of diff2flow, flow_matching"):
+        file.get_config("flow:lora_base")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as torch_file
 
-from configs import images, quickstart
+from configs import images, quickstart, text_to_image
 from d2f_jax import InputError, Pipeline, distributed, sampling, train, weights
+from d2f_jax.alignment import Alignment
 from d2f_jax.checkpoint import Checkpoints
 from d2f_jax.data.sources import ImageFolder
 from d2f_jax.datasets import Data
@@ -104,6 +105,18 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "workdir"
     train.train(shrunk(quickstart.get_config(), model), workdir)
     return workdir
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "diffusion"])
+def test_other_objectives(name: str, model: Path, finished: Path, tmp_path: Path) -> None:
+    train.train(shrunk(text_to_image.get_config(name), model), tmp_path)
+    first, other = (line["loss"] for line in (lines(finished)[0], lines(tmp_path)[0]))
+    assert np.isfinite(other) and other != pytest.approx(first, rel=1e-3)
+    export, table = Pipeline.from_pretrained(tmp_path / "export"), (tmp_path / "scores.md").read_text()
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    assert export.alignment == (naive if name == "flow_matching" else Alignment())
+    assert ("as a flow, not finetuned" in table) == (name == "flow_matching")
+    assert ("finetuned, DDIM" in table) == (name == "diffusion")
 
 
 @pytest.fixture
