@@ -14,5 +14,4 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
-# In the files' own order: by their numbers of tests, the few that take longest would come last, and one worker wait.
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

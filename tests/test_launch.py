@@ -645,15 +645,9 @@ class Ranks:
         command = ["bash", str(LAUNCH / "local_hosts.sh"), "2", "--module=rank_program", *options, "--", str(folder)]
         environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(folder), "TMPDIR": str(folder)}
         pipe = subprocess.PIPE
-        self.launcher = subprocess.Popen(
-            [*command, *arguments],
-            env=environment,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            # Where the tests run in a shell's background, SIGINT is ignored, and a script cannot undo that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        # Where the tests run in a shell's background, SIGINT is ignored; a script that inherits that cannot undo it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.launcher = subprocess.Popen([*command, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
 
     def pids(self) -> list[list[int]]:
         """Of each rank: its own and that of a process it has started."""
