@@ -53,10 +53,6 @@ class Sampler:
             raise InputError(f"shift={self.shift} is of flow time, and ddim has its own; use ddim_on_flow_grid")
 
     @property
-    def random(self) -> bool:
-        return self.name.startswith("sde") or self.eta > 0
-
-    @property
     def compiled_for(self) -> "Sampler":
         """What the program depends on: the shift is in the grid that it is given."""
         return dataclasses.replace(self, shift=1.0)
@@ -127,7 +123,7 @@ class Sampler:
         field = alignment.velocity_field(schedule, predict, how)
         match self.name:
             case "euler" | "heun" | "midpoint" | "rk4":
-                x = sampling.solve(field, data, grid[::-1], self.name)
+                x = sampling.solve(field, data, sampling.reversed_grid(grid), self.name)
             case "dopri5":
                 x = sampling.solve_adaptive(field, data, grid[-1], grid[0], rtol=self.rtol, atol=self.atol)
             case name:

@@ -59,6 +59,13 @@ def pad_grid(grid: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([grid, np.full(length - len(grid), grid[-1], np.float32)])
 
 
+def reversed_grid(grid: jax.Array) -> jax.Array:
+    """From the last point of a grid, perhaps padded, back to its first one, padded alike."""
+    grid = jnp.asarray(grid, jnp.float32)
+    count = jnp.sum(grid[1:] != grid[:-1])
+    return grid[jnp.maximum(count - jnp.arange(len(grid)), 0)]
+
+
 def from_noise(noise: jax.Array, t: ArrayLike) -> jax.Array:
     """The flow's state at its first time `t`: a diffusion prior begins with x_tau = noise, which is x_t = noise / s."""
     return jnp.asarray(noise, jnp.float32) * jnp.sqrt(t**2 + (1 - t) ** 2)

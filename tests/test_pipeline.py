@@ -136,13 +136,15 @@ def test_every_sampler_draws_what_the_prompt_says(tiny: Pipeline, sampler: Sampl
 
 
 def test_inversion_finds_noise_that_draws_the_same(tiny: Pipeline) -> None:
-    options = {"num_steps": 60, "sampler": Sampler("heun")}
+    options = {"num_steps": 20, "sampler": Sampler("heun")}
     images = tiny(PROMPTS, guidance_scale=1.0, seed=5, **options)
     noise = tiny.invert(images, PROMPTS, **options)
-    assert noise.std() == pytest.approx(1, abs=0.15)
+    assert noise.std() == pytest.approx(1, abs=0.1)
+    latents = tiny.vae.encode(jnp.asarray(images, jnp.float32) / 127.5 - 1).mean
+    coded = np.clip(np.asarray(tiny.vae.decode(latents)) / 2 + 0.5, 0, 1) * 255  # all that inversion can know
     again = tiny(PROMPTS, guidance_scale=1.0, noise=noise, **options).astype(int)
     other = tiny(PROMPTS, guidance_scale=1.0, seed=6, **options).astype(int)
-    assert np.abs(images - again).mean() < 0.1 * np.abs(images - other).mean()
+    assert np.abs(coded - again).mean() < 0.02 * np.abs(images - other).mean()
 
 
 def test_negative_prompts_one_for_each(tiny: Pipeline) -> None:

@@ -152,6 +152,15 @@ def test_back_and_forth_is_where_it_began() -> None:
     np.testing.assert_allclose(noise, NOISE, atol=5e-3)
 
 
+def test_a_padded_grid_is_walked_back_whole() -> None:
+    grid = np.array([0.1, 0.4, 1.0], np.float32)
+    np.testing.assert_array_equal(sampling.reversed_grid(jnp.asarray(grid)), grid[::-1])
+    padded = sampling.reversed_grid(jnp.asarray(sampling.pad_grid(grid, 6)))
+    np.testing.assert_array_equal(padded, np.array([1.0, 0.4, 0.1, 0.1, 0.1, 0.1], np.float32))
+    there, back = (sampling.solve(swirl, jnp.asarray(NOISE), g) for g in (grid[::-1], padded))
+    np.testing.assert_array_equal(there, back)
+
+
 def test_a_shifted_grid_keeps_its_ends_and_is_denser_near_noise() -> None:
     schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
     plain, moved = (sampling.flow_grid(schedule, 10, shift=shift) for shift in (1.0, 3.0))
