@@ -19,8 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from d2f_jax import datasets, distributed, prior, program, report, settings, sharding
-from d2f_jax.data.fit import fit_image
+from d2f_jax import datasets, distributed, prepare, prior, program, report, settings, sharding
+from d2f_jax.data.fit import make_row
 from d2f_jax.errors import InputError
 from d2f_jax.measures import Gathered, Judges, scores
 from d2f_jax.pipeline import Pipeline
@@ -60,9 +60,9 @@ def evaluate(
         )
     real, texts = Gathered(), [example["text"] for example in examples]
     mine = np.arange(jax.process_index(), len(examples), jax.process_count())
-    size = config.eval.batch_size
+    size, fit = config.eval.batch_size, prepare.plain_fit(config)
     for part in np.split(mine, range(size, len(mine), size)):
-        pictures = [fit_image(examples[i]["image"], config.data.image_size) for i in part]
+        pictures = [make_row(examples[i], fit, prepare.AS_IT_IS)["image"] for i in part]
         real = real.add(judges, part, np.array(pictures), [texts[i] for i in part])
     real = distributed.merged(real)
     pipeline, cells, found = pipeline.on_mesh(mesh), [], {}

@@ -46,7 +46,7 @@ Read = Callable[[int], Row | str]
 Encode = Callable[[Sequence[Row]], dict[str, jax.Array]]
 """At most a batch of rows, such as pictures and captions, to arrays [B, ...] float32, the batch filled up."""
 
-_AS_IT_IS = (1.0, 1.0, 0.5, 0.5)  # the draws of a row that is neither mirrored nor loses its caption
+AS_IT_IS = (1.0, 1.0, 0.5, 0.5)  # the draws of a row that is neither mirrored nor loses its caption
 _DTYPE = "float16"
 _POLL_SECONDS = 0.5
 
@@ -91,14 +91,7 @@ def prepare(config: Config, folder: Path, options: Options) -> Manifest:
     pipeline = prior.load(config)
     sources = open_splits(config, folder, pipeline)
     plan = make_plan(config, options, pipeline, {split: len(source) for split, source in sources.items()})
-    fit = Fit(
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        crop="center",
-        random_flip=False,
-        caption_dropout=0.0,
-        null_text=None,
-    )
+    fit = plain_fit(config)
     readers: dict[Split, Read] = {split: functools.partial(read_row, source, fit) for split, source in sources.items()}
     empty = {"image": np.zeros((config.data.image_size,) * 2 + (3,), np.uint8), "text": ""}
     encode = make_encoder(pipeline, options.batch_size, config.compute_dtype)
@@ -273,10 +266,22 @@ def compute(
             prepared.finish(task.file, Shard.of(task.file, count, damaged[before:]))
 
 
+def plain_fit(config: Config) -> Fit:
+    """The config's size and resizing, cut in the middle, and nothing by chance."""
+    return Fit(
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+        crop="center",
+        random_flip=False,
+        caption_dropout=0.0,
+        null_text=None,
+    )
+
+
 def read_row(source: Source, fit: Fit, index: int) -> Row | str:
     """The picture and its caption, or why it cannot be read."""
     try:
-        row = make_row(source[index], fit, _AS_IT_IS)
+        row = make_row(source[index], fit, AS_IT_IS)
     except (InputError, OSError) as error:
         return f"example {index}: {' '.join(str(error).split())}"
     if not {"image", "text"} <= row.keys():
