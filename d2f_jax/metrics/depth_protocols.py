@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from d2f_jax.data.depth import KITTI_SIZE, cut
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -45,13 +47,7 @@ class DepthProtocol:
 
     def cut(self, x_HxWx: np.ndarray) -> np.ndarray:
         """Picture, depth or mask [H, W, ...] cut to `cut_to`. Raises `ValueError` for one that is smaller."""
-        if self.cut_to is None:
-            return x_HxWx
-        (height, width), (tall, wide) = x_HxWx.shape[:2], self.cut_to
-        if height < tall or width < wide:
-            raise ValueError(f"a picture of {height} x {width} pixels cannot be cut to {tall} x {wide}")
-        left = (width - wide) // 2
-        return x_HxWx[height - tall :, left : left + wide]
+        return x_HxWx if self.cut_to is None else cut(x_HxWx, self.cut_to)
 
     def valid(self, depth_HxW: np.ndarray, given_mask_HxW: np.ndarray | None = None) -> np.ndarray:
         """bool [H, W]: which pixels count, of a depth map after `cut`.
@@ -70,7 +66,7 @@ class DepthProtocol:
 
 
 _SIDES = (0.0359477, 0.96405229)
-_KITTI = DepthProtocol(1e-5, 80.0, files_per_metre=256, cut_to=(352, 1216))
+_KITTI = DepthProtocol(1e-5, 80.0, files_per_metre=256, cut_to=KITTI_SIZE)
 DEPTH_PROTOCOLS = MappingProxyType(
     {
         # 654 test pictures, 480 x 640; Eigen et al. (2014)
