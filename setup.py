@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
+        "depth": ["h5py>=3.5"],
         "tpu": ["jax[tpu]"],
         "torch": ["diffusers>=0.42", "torch>=2.6", "accelerate", "peft>=0.17"],
         "wandb": ["wandb"],

@@ -183,10 +183,11 @@ def test_a_line_opens_a_source(tmp_path):
     [
         (
             "pictures",
-            "'pictures' is not of the form kind:path.*; kinds are array_record, image_folder, tfds, webdataset",
+            "'pictures' is not of the form kind:path.*; "
+            "kinds are array_record, hypersim, image_folder, tfds, vkitti2, webdataset",
         ),
         ("image_folder:", "is not of the form kind:path"),
-        ("zip:a", "no kind 'zip'; kinds are array_record, image_folder, tfds, webdataset"),
+        ("zip:a", "no kind 'zip'; kinds are array_record, hypersim, image_folder, tfds, vkitti2, webdataset"),
         ("image_folder:a?size=3", "no option 'size'; image_folder has none"),
         ("tfds:a?split=x&txt=b", "no option 'txt'; options of tfds are data_dir, image, split, text"),
         ("tfds:a?split=x&split=y", "give the option 'split' one value, once"),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from d2f_jax.data.depth_files import Hypersim, VirtualKitti2
 from d2f_jax.data.sources import ImageFolder, Source
 from d2f_jax.data.tfds_source import TFDSSource
 from d2f_jax.data.webdataset import WebDataset
@@ -16,6 +17,8 @@ def open_source(spec: str) -> Source:
         image_folder:pictures
         array_record:prepared?split=validation
         webdataset:shards/{000..099}.tar?latent_scale=0.18215
+        hypersim:hypersim?split=train
+        vkitti2:virtual_kitti_2
         tfds:coco_captions/2014?split=train&image=image&text=captions/text&data_dir=/data
 
     Raises `InputError` for a kind or option that is not known, and for what the source itself refuses.
@@ -57,8 +60,10 @@ def _listing(names: dict) -> str:
 
 _KINDS: dict[str, tuple[Callable[..., Source], dict[str, Callable]]] = {
     "array_record": (_open_prepared, {"split": str}),
+    "hypersim": (Hypersim, {"split": str}),
     "image_folder": (ImageFolder, {}),
     "tfds": (TFDSSource, {"split": str, "image": str, "text": str, "data_dir": str}),
+    "vkitti2": (VirtualKitti2, {}),
     "webdataset": (WebDataset, {"latent_scale": float}),
 }
 """How each kind is opened, and its options with their types."""
