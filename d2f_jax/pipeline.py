@@ -1,35 +1,39 @@
-"""Text to images with a checkpoint, finetuned as a flow or not."""
+"""Text to images, or images to depth, with a checkpoint, finetuned as a flow or not."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from PIL import Image
 from transformers import CLIPTokenizer
 
-from d2f_jax import lora, lora_files, sampling, sharding, weights
+from d2f_jax import ensemble as ensembles
+from d2f_jax import export, lora, lora_files, sharding, task, weights
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel
 from d2f_jax.models.vae import AutoencoderKL
+from d2f_jax.programs import Direction, Model, make_program
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.schedule import NoiseSchedule
+from d2f_jax.task import TEXT_TO_IMAGE, Task
 
-Direction = Literal["sample", "invert"]
 STEPS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A checkpoint in memory; calling it samples. With a `mesh` (see `on_mesh`) every device takes its share."""
+    """A checkpoint in memory; calling it samples, or `depth` does, as its task is.
+
+    With a `mesh` (see `on_mesh`) every device takes its share.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -38,6 +42,7 @@ class Pipeline:
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
     alignment: Alignment = ALIGNED
+    task: Task = TEXT_TO_IMAGE
     mesh: Mesh | None = None
     _programs: dict[Any, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -55,7 +60,8 @@ class Pipeline:
 
         `alignment` says what the flow takes over from the diffusion model: all of it, exactly, unless our own export
         says otherwise; `Alignment(convention="reference")` is for checkpoints finetuned with the paper's published
-        code. Raises InputError for whatever is missing, damaged or does not belong together.
+        code. A UNet of two latents side by side makes depth, as Marigold's do. Raises InputError for whatever is
+        missing, damaged or does not belong together.
         """
         options = {"variant": variant, "revision": revision, "dtype": dtype}
         scheduler_config = weights.load_scheduler_config(path_or_hub_id, revision=revision)
@@ -63,14 +69,16 @@ class Pipeline:
         vae = weights.load_vae(path_or_hub_id, **options)
         text_encoder = weights.load_text_encoder(path_or_hub_id, **options)
         tokenizer = weights.load_tokenizer(path_or_hub_id, revision=revision)
+        channels = vae.config.latent_channels
+        recorded = export.recorded_task(scheduler_config, unet.config.in_channels // channels)
         for what, takes, given, gives in (
-            ("channels", unet.config.in_channels, "VAE", vae.config.latent_channels),
+            ("channels", unet.config.in_channels, "VAE", recorded.inputs * channels),
             ("text features", unet.config.cross_attention_dim, "text encoder", text_encoder.config.hidden_size),
         ):
             if takes != gives:
                 raise InputError(
                     f"{path_or_hub_id}: the UNet takes {takes} {what}, the {given} makes {gives}; "
-                    "give a text-to-image model whose parts belong together"
+                    "give a model whose parts belong together"
                 )
         if tokenizer.model_max_length > (length := text_encoder.config.max_position_embeddings):
             raise InputError(
@@ -84,8 +92,22 @@ class Pipeline:
             tokenizer=tokenizer,
             schedule=NoiseSchedule.from_config(scheduler_config),
             scheduler_config=scheduler_config,
-            alignment=recorded_alignment(scheduler_config) if alignment is None else alignment,
+            alignment=export.recorded_alignment(scheduler_config) if alignment is None else alignment,
+            task=recorded,
         )
+
+    def for_task(self, wanted: Task) -> "Pipeline":
+        """The same checkpoint, made ready to learn another task: a network for one latent is widened to two.
+
+        Raises InputError where it cannot be.
+        """
+        has, takes = self.task.inputs, wanted.inputs
+        if has > takes:
+            raise InputError(
+                f"the UNet takes {has} latents side by side, {wanted.name} gives {takes}; give another model"
+            )
+        unet = self.unet if has == takes else task.widened(self.unet, takes)
+        return dataclasses.replace(self, unet=unet, task=wanted, _programs={})
 
     def on_mesh(self, mesh: Mesh) -> "Pipeline":
         """The same pipeline with its parameters kept as `sharding.kept` has it, and images split over all devices.
@@ -109,36 +131,32 @@ class Pipeline:
         return dataclasses.replace(self, unet=unet)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads.
+        """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads, or MarigoldDepthPipeline for depth.
 
-        The scheduler becomes an EulerDiscreteScheduler with the same noise schedule: on
-        `sampling.diffusers_sigmas(grid)` its steps are this pipeline's Euler steps (if exactly aligned). Replaces an
-        earlier pipeline there; raises InputError for a folder that holds anything else.
+        Of pictures the scheduler becomes an EulerDiscreteScheduler with the same noise schedule: on
+        `sampling.diffusers_sigmas(grid)` its steps are this pipeline's Euler steps (if exactly aligned). Of depth it
+        becomes a DDIMScheduler. Replaces an earlier pipeline there; raises InputError for a folder that holds anything
+        else.
         """
-        folder = Path(folder).absolute()
-        foreign = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-        if foreign and not (folder / "model_index.json").is_file():
-            raise InputError(f"{folder} is there and holds no pipeline that could be replaced; give another folder")
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        weights.save_pretrained(self.unet, part / "unet")
-        weights.save_pretrained(self.vae, part / "vae")
-        weights.save_pretrained(self.text_encoder, part / "text_encoder")
-        self.tokenizer.save_pretrained(part / "tokenizer")
-        for name, content in (
-            ("scheduler/scheduler_config.json", euler_config(self.scheduler_config, self.alignment)),
-            ("model_index.json", _MODEL_INDEX),
-        ):
-            (part / name).parent.mkdir(exist_ok=True)
-            (part / name).write_text(json.dumps(content, indent=2) + "\n")
-        # Whole or not at all: an earlier export stays until this one is complete.
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        side = self.unet.config.sample_size
+        resolution = None if side is None else side * self.vae.config.downsampling
+
+        def write(part: Path) -> None:
+            weights.save_pretrained(self.unet, part / "unet")
+            weights.save_pretrained(self.vae, part / "vae")
+            weights.save_pretrained(self.text_encoder, part / "text_encoder")
+            self.tokenizer.save_pretrained(part / "tokenizer")
+            export.write_configs(part, self.scheduler_config, self.alignment, self.task, resolution)
+
+        export.write_whole(Path(folder).absolute(), write)
 
     @property
     def tokenize(self) -> weights.Tokenize:
-        """`tokenize(texts)` is int32 [B, L], padded and cut to the model's length."""
-        return weights.Tokenize(self.tokenizer)
+        """`tokenize(texts)` is int32 [B, L], cut to the model's length.
+
+        Captions are padded to it. Depth's, which are empty, are not, as Marigold has it: two tokens.
+        """
+        return weights.Tokenize(self.tokenizer, padded=not self.task.of_pictures)
 
     def noise(
         self, seed: int, count: int, height: int | None = None, width: int | None = None, *, first: int = 0
@@ -154,7 +172,7 @@ class Pipeline:
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise InputError(f"{name}={pixels} is not a multiple of {factor} pixels, the VAE's downsampling")
-        shape = ((height or side) // factor, (width or side) // factor, self.unet.config.in_channels)
+        shape = ((height or side) // factor, (width or side) // factor, self.vae.config.latent_channels)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(random_keys(seed, first, count))
 
     def __call__(
@@ -179,6 +197,7 @@ class Pipeline:
         One program is compiled for each batch shape and serves every number of steps up to 64.
         """
         how = _sampler(sampler)
+        self._require(of_pictures=False)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("there is no prompt; give one or more")
@@ -186,7 +205,42 @@ class Pipeline:
             noise = self.noise(seed, len(prompts), height, width, first=first)
         keys = jax.random.key_data(random_keys(seed, first + STEPS, len(prompts)))
         guidance = (guidance_scale, guidance_rescale)
-        return self._run(how, "sample", prompts, negative_prompt, noise, keys, num_steps, guidance)
+        return self._run(how, "sample", prompts, negative_prompt, noise, keys, None, num_steps, guidance)
+
+    def depth(
+        self,
+        images: np.ndarray,
+        *,
+        num_steps: int = 4,
+        ensemble: int = 1,
+        resolution: int | None = None,
+        seed: int = 0,
+        first: int = 0,
+        noise: jax.Array | None = None,
+        sampler: SamplerName | Sampler = "euler",
+    ) -> np.ndarray:
+        """Depth float32 [B, H, W] of uint8 `images` [B, H, W, 3]: 0 is near, 1 far, affine in what was learned.
+
+        Our own models learn the logarithm of depth, others may depth itself: `metrics.depth_errors(space=...)`. The
+        network sees pictures whose longer side has `resolution` pixels (their own by default), rounded to what the VAE
+        divides; depth is brought back to their size. `ensemble` estimates of each picture are merged, see
+        `ensemble.merged`. `noise` [B * ensemble, H, W, C] replaces what they would start from.
+        """
+        how = _sampler(sampler)
+        self._require(of_pictures=True)
+        if ensemble < 1:
+            raise InputError(f"ensemble={ensemble}: give a whole number, 1 or more")
+        if self.task.start == "image" and how.name.startswith("ddim"):
+            raise InputError(f"sampler={how.name!r} starts at noise, this model's flow at the picture; use euler")
+        height, width = images.shape[1:3]
+        tall, wide = working_size(height, width, resolution, self.vae.config.downsampling)
+        seen = np.repeat(resized(images, tall, wide), ensemble, axis=0)
+        if noise is None:
+            noise = self.noise(seed, len(seen), tall, wide, first=first * ensemble)
+        keys = jax.random.key_data(random_keys(seed, first * ensemble + STEPS, len(seen)))
+        rows = self._run(how, "sample", [""] * len(seen), "", noise, keys, seen, num_steps, (1.0, 0.0))
+        merged = [ensembles.merged(members) for members in rows.reshape(len(images), ensemble, tall, wide)]
+        return resized(np.stack(merged), height, width)
 
     def invert(
         self,
@@ -204,9 +258,22 @@ class Pipeline:
         is not the flow's.
         """
         how = _sampler(sampler)
+        self._require(of_pictures=False)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         keys = np.zeros((len(prompts), 2), np.uint32)
-        return self._run(how, "invert", prompts, negative_prompt, images, keys, num_steps, (guidance_scale, 0.0))
+        return self._run(how, "invert", prompts, negative_prompt, images, keys, None, num_steps, (guidance_scale, 0.0))
+
+    @property
+    def model(self) -> Model:
+        """All but the parameters."""
+        return Model(
+            *map(nnx.graphdef, (self.unet, self.vae, self.text_encoder)),
+            schedule=self.schedule,
+            alignment=self.alignment,
+            task=self.task,
+            latent_scale=self.vae.config.scaling_factor,
+            set_alpha_to_one=self.scheduler_config.get("set_alpha_to_one", True),
+        )
 
     def _run(
         self,
@@ -216,6 +283,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str],
         start: Any,
         keys: Any,
+        pictures: np.ndarray | None,
         num_steps: int,
         guidance: tuple[float, float],
     ) -> np.ndarray:
@@ -229,15 +297,21 @@ class Pipeline:
         guided = guidance[0] != 1
         kind = (how.compiled_for, direction, guided)
         if kind not in self._programs:
-            self._programs[kind] = make_program(self, *kind)
-        rows = [self.tokenize(prompts), self.tokenize(negatives), np.asarray(start), np.asarray(keys)]
+            self._programs[kind] = make_program(self.model, self.mesh, *kind)
+        rows = [self.tokenize(prompts), self.tokenize(negatives), np.asarray(start), np.asarray(keys), pictures]
         if self.mesh is not None:  # filled up to the same number for every device
-            extra = -count % self.mesh.size
-            rows = [np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]) for x in rows]
-            rows = sharding.put(rows, [sharding.batch_split(self.mesh)] * len(rows))
-        grid = how.grid(self.schedule, self.alignment, self.scheduler_config, num_steps)
+            extra, split = -count % self.mesh.size, sharding.batch_split(self.mesh)
+            rows = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), rows)
+            rows = sharding.put(rows, jax.tree.map(lambda _: split, rows))
+        at_noise = self.task.start == "noise"
+        grid = how.grid(self.schedule, self.alignment, self.scheduler_config, num_steps, at_noise=at_noise)
         networks = (nnx.state(network) for network in (self.unet, self.vae, self.text_encoder))
         return np.asarray(self._programs[kind](*networks, *rows, grid, np.array(guidance, np.float32)))[:count]
+
+    def _require(self, *, of_pictures: bool) -> None:
+        if self.task.of_pictures != of_pictures:
+            call = "depth(images)" if self.task.of_pictures else "pipeline(prompt)"
+            raise InputError(f"this model's task is {self.task.name}; call {call}, or give another model")
 
 
 def random_keys(seed: int, first: int, count: int) -> jax.Array:
@@ -251,80 +325,15 @@ def _sampler(given: SamplerName | Sampler) -> Sampler:
     return given if isinstance(given, Sampler) else Sampler(given)
 
 
-def euler_config(scheduler_config: dict[str, Any], alignment: Alignment) -> dict[str, Any]:
-    """The same noise schedule for diffusers' EulerDiscreteScheduler.
-
-    An alignment that is not Diff2Flow's own is written beside it, where `from_pretrained` finds it again.
-    """
-    kept = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr"
-    config = {key: scheduler_config[key] for key in kept.split() if key in scheduler_config}
-    config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1}
-    return config if alignment == ALIGNED else config | {_ALIGNMENT: dataclasses.asdict(alignment)}
+def working_size(height: int, width: int, resolution: int | None, factor: int) -> tuple[int, int]:
+    """Height and width, multiples of `factor`, of a picture whose longer side is to have `resolution` pixels."""
+    scale = (resolution or max(height, width)) / max(height, width)
+    return tuple(max(1, round(side * scale / factor)) * factor for side in (height, width))  # pyright: ignore[reportReturnType]
 
 
-def recorded_alignment(scheduler_config: dict[str, Any]) -> Alignment:
-    """What an export says of its alignment; other checkpoints say nothing, and are aligned."""
-    try:
-        return Alignment(**scheduler_config.get(_ALIGNMENT, {}))
-    except TypeError as error:
-        raise InputError(f"scheduler_config.json: {_ALIGNMENT} cannot be read ({error}); export it again") from error
-
-
-def make_program(pipeline: Pipeline, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
-    """`make_latents` jitted, with latents decoded to uint8 images."""
-    compute, latent_scale = make_latents(pipeline, how, direction, guided), pipeline.vae.config.scaling_factor
-    vae_def = nnx.graphdef(pipeline.vae)
-
-    def program(unet_state, vae_state, *rest):
-        latents = compute(unet_state, vae_state, *rest)
-        if direction == "invert":
-            return latents
-        images = nnx.merge(vae_def, vae_state).decode(latents / latent_scale).astype(jnp.float32)
-        return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-    # Gathered on every device, so that every process has all images.
-    return jax.jit(program, out_shardings=None if pipeline.mesh is None else sharding.replicated(pipeline.mesh))
-
-
-def make_latents(pipeline: Pipeline, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
-    """Parameters, token ids, noise, keys, grid and guidance to latents as the UNet sees them; "invert" images to noise.
-
-    `(unet, vae, text_encoder, ids_BxL, negative_BxL, start, keys_Bx2, grid, (scale, rescale))`; parameters are states.
-    """
-    schedule, alignment, latent_scale = pipeline.schedule, pipeline.alignment, pipeline.vae.config.scaling_factor
-    set_alpha_to_one = pipeline.scheduler_config.get("set_alpha_to_one", True)
-    unet_def, vae_def, text_def = map(nnx.graphdef, (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-
-    def latents(unet_state, vae_state, text_state, ids_BxL, negative_BxL, start, keys, grid, guidance):
-        unet, encode = nnx.merge(unet_def, unet_state), nnx.merge(text_def, text_state)
-        text_BxLxD = encode(jnp.concatenate([negative_BxL, ids_BxL]) if guided else ids_BxL)
-
-        def predict(dm_x: jax.Array, tau: jax.Array) -> jax.Array:
-            tau_B = jnp.broadcast_to(tau, dm_x.shape[:1])
-            if not guided:
-                return unet(dm_x, tau_B, text_BxLxD)
-            both = unet(jnp.concatenate([dm_x, dm_x]), jnp.concatenate([tau_B, tau_B]), text_BxLxD)
-            return sampling.guided(*jnp.split(both, 2), scale=guidance[0], rescale=guidance[1])
-
-        if direction == "invert":
-            data = nnx.merge(vae_def, vae_state).encode(start.astype(jnp.float32) / 127.5 - 1).mean * latent_scale
-            return how.invert(schedule, alignment, predict, data, grid)
-        keys_B = jax.random.wrap_key_data(keys)
-        return how.sample(schedule, alignment, predict, start, grid, set_alpha_to_one=set_alpha_to_one, keys_B=keys_B)
-
-    return latents
-
-
-_ALIGNMENT = "_d2f_jax_alignment"  # diffusers skips keys that begin so
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+def resized(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [B, H, W, 3] or float32 [B, H, W] at another size, antialiased."""
+    if images.shape[1:3] == (height, width):
+        return images
+    how = Image.Resampling.BILINEAR
+    return np.stack([np.asarray(Image.fromarray(image).resize((width, height), how)) for image in images])

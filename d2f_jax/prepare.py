@@ -33,7 +33,7 @@ from tqdm import tqdm
 from d2f_jax import datasets, distributed, prior, program, settings, sharding
 from d2f_jax import step as steps
 from d2f_jax.data import prepared, records
-from d2f_jax.data.fit import Fit, Row, make_row
+from d2f_jax.data.fit import Fit, Row, make_row, spec_of
 from d2f_jax.data.prepared import Latents, Manifest, Plan, Shard, Split
 from d2f_jax.data.sources import Source, joined
 from d2f_jax.errors import InputError
@@ -47,7 +47,7 @@ Encode = Callable[[Sequence[Row]], dict[str, jax.Array]]
 """At most a batch of rows, such as pictures and captions, to arrays [B, ...] float32, the batch filled up."""
 
 AS_IT_IS = (1.0, 1.0, 0.5, 0.5)  # the draws of a row that is neither mirrored nor loses its caption
-_DTYPE = "float16"
+_DTYPES = {"noise": "float32", "valid": "bool"}  # of the rest float16
 _POLL_SECONDS = 0.5
 
 
@@ -91,11 +91,17 @@ def prepare(config: Config, folder: Path, options: Options) -> Manifest:
     pipeline = prior.load(config)
     sources = open_splits(config, folder, pipeline)
     plan = make_plan(config, options, pipeline, {split: len(source) for split, source in sources.items()})
-    fit = plain_fit(config)
+    fit = datasets.plain_fit(config)
     readers: dict[Split, Read] = {split: functools.partial(read_row, source, fit) for split, source in sources.items()}
-    empty = {"image": np.zeros((config.data.image_size,) * 2 + (3,), np.uint8), "text": ""}
+    square, depth = (config.data.image_size,) * 2, datasets.of_depth(config)
+    empty = {"image": np.zeros((*square, 3), np.uint8), "text": ""}
+    if depth:
+        empty |= {"depth": np.zeros(square, np.float32), "valid": np.zeros(square, np.bool_)}
     encode = make_encoder(pipeline, options.batch_size, config.compute_dtype)
-    names = ("latent_mean", *(["latent_std"] if options.latents == "mean_std" else []), "text_states")
+    if depth:
+        names = ("latent_mean", "picture_mean", "valid")
+    else:
+        names = ("latent_mean", *(["latent_std"] if options.latents == "mean_std" else []), "text_states")
     return fill(folder, plan, config, readers, encode, names, empty, options.batch_size)
 
 
@@ -150,7 +156,7 @@ def check(config: Config, options: Options) -> None:
 
 def open_splits(config: Config, folder: Path, pipeline: Pipeline) -> dict[Split, Source]:
     """The config's sources, one after another; `validation` is there if it has examples."""
-    data = datasets.open_data(config.data, folder, pipeline, datasets.open_given(config.data))
+    data = datasets.open_data(config, folder, pipeline, datasets.open_given(config))
     splits: dict[Split, Source] = {"train": joined(data.train)}
     if data.validation:
         splits["validation"] = joined(data.validation)
@@ -174,12 +180,13 @@ def make_plan(
         text_fingerprint=prepared.text_fingerprint(pipeline.text_encoder, pipeline.tokenizer),
         scaling_factor=pipeline.vae.config.scaling_factor,
         compute_dtype=config.compute_dtype,
-        dtype=_DTYPE,
+        dtype="float16",
         image_size=size,
         resize=config.data.resize,
-        latents=options.latents,
+        latents="mean" if datasets.of_depth(config) else options.latents,
         latent_shape=pipeline.noise(0, 1, size, size).shape[1:],
-        text_shape=(pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size),
+        text_shape=(pipeline.tokenize([""]).shape[1], pipeline.text_encoder.config.hidden_size),
+        task=pipeline.task.name,
         shard_size=options.shard_size,
         sources=tuple(config.data.sources),
         held_out=config.data.held_out,
@@ -228,16 +235,17 @@ def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str) -> Enc
 
     @jax.jit
     def network(frozen: steps.Frozen, batch: steps.Batch) -> dict[str, jax.Array]:
-        mean, std, text_BxLxD = steps.encoded(networks, frozen, batch, whole)
-        return {"latent_mean": mean, "latent_std": std, "text_states": text_BxLxD}
+        found = steps.encoded(networks, frozen, batch, whole)
+        arrays = {"latent_mean": found.mean, "latent_std": found.std, "text_states": found.text_states}
+        if found.picture is None or found.valid is None:
+            return arrays
+        return arrays | {"picture_mean": found.picture, "valid": found.valid[..., 0]}
 
     def encode(rows: Sequence[Row]) -> dict[str, jax.Array]:
         missing = batch_size * mesh.size - len(rows)
-        images = [row["image"] for row in rows]
-        batch = {
-            "image": np.stack(images + images[-1:] * missing),
-            "input_ids": pipeline.tokenize([row["text"] for row in rows] + [""] * missing),
-        }
+        rows = [*rows, *[rows[-1]] * missing]
+        batch = {name: np.stack([row[name] for row in rows]) for name in spec_of(rows[0])}
+        batch["input_ids"] = pipeline.tokenize([row["text"] for row in rows])
         return network(frozen, jax.device_put(batch, NamedSharding(mesh, P("images"))))
 
     return encode
@@ -264,18 +272,6 @@ def compute(
             rows = readable(results, damaged, config, bar)
             count = records.write_shard(task.file, encoded(rows, encode, names, batch_size))
             prepared.finish(task.file, Shard.of(task.file, count, damaged[before:]))
-
-
-def plain_fit(config: Config) -> Fit:
-    """The config's size and resizing, cut in the middle, and nothing by chance."""
-    return Fit(
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        crop="center",
-        random_flip=False,
-        caption_dropout=0.0,
-        null_text=None,
-    )
 
 
 def read_row(source: Source, fit: Fit, index: int) -> Row | str:
@@ -328,12 +324,9 @@ def encoded(rows: Iterator[Row], encode: Encode, names: Sequence[str], batch_siz
 
 
 def to_records(rows: Sequence[Row], arrays: dict[str, jax.Array], names: Sequence[str]) -> Iterator[bytes]:
-    """Raises FloatingPointError for what float16 does not hold; noise stays float32."""
+    """Raises FloatingPointError for what float16 does not hold."""
     with np.errstate(over="ignore"):
-        halves = {
-            name: np.asarray(arrays[name])[: len(rows)].astype("float32" if name == "noise" else _DTYPE)
-            for name in names
-        }
+        halves = {name: np.asarray(arrays[name])[: len(rows)].astype(_DTYPES.get(name, "float16")) for name in names}
     for i, row in enumerate(rows):
         for name in names:
             if not np.isfinite(halves[name][i]).all():

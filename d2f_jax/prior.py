@@ -14,16 +14,17 @@ from d2f_jax import step as steps
 from d2f_jax.models.unet import Remat
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.settings import make_objective
+from d2f_jax.settings import make_objective, make_task
 
 
 def load(config: Config) -> Pipeline:
+    """Raises InputError for a model that cannot be loaded, or cannot learn the config's task."""
     return Pipeline.from_pretrained(
         config.model,
         variant=config.variant or None,
         dtype=config.compute_dtype,
         alignment=make_objective(config).alignment,
-    )
+    ).for_task(make_task(config))
 
 
 def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:

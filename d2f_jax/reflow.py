@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from d2f_jax import distributed, pipeline, prepare, prior, program, settings
+from d2f_jax import distributed, pipeline, prepare, prior, program, programs, settings
 from d2f_jax.data.fit import Row
 from d2f_jax.data.prepared import Manifest, Split
 from d2f_jax.data.sources import Source
@@ -49,6 +49,8 @@ def main() -> None:
 def reflow(config: Config, folder: Path, options: prepare.Options) -> Manifest:
     """Fills `folder`, or goes on filling it, and tells what is in it. Raises InputError as `prepare.prepare`."""
     prepare.check(config, options)
+    if config.task.name != "text_to_image":
+        raise InputError(f"config.task.name={config.task.name}: pairs are made of captions; use text_to_image")
     teacher, wanted = prior.load(config), config.reflow
     sampler = settings.reflow_sampler(config)
     sources = prepare.open_splits(config, folder, teacher)
@@ -86,7 +88,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
     params = jax.device_put(tuple(map(nnx.state, networks)), NamedSharding(mesh, P()))
     shape = teacher.noise(0, 1, size, size).shape[1:]
     grid = sampler.grid(teacher.schedule, teacher.alignment, teacher.scheduler_config, wanted.num_steps)
-    compute = pipeline.make_latents(teacher, sampler, "sample", wanted.guidance_scale != 1)
+    compute = programs.make_latents(teacher.model, sampler, "sample", wanted.guidance_scale != 1)
     text_def = nnx.graphdef(teacher.text_encoder)
 
     @jax.jit
@@ -98,7 +100,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
         root = jax.random.key(config.seed)
         noise, keys = jax.vmap(drawn)(index_B)
         guidance = np.array((wanted.guidance_scale, 0.0), np.float32)
-        latents = compute(*params, ids_BxL, negative_BxL, noise, keys, grid, guidance)
+        latents = compute(*params, ids_BxL, negative_BxL, noise, keys, None, grid, guidance)
         return {"noise": noise, "latent_mean": latents / scale, "text_states": nnx.merge(text_def, params[2])(ids_BxL)}
 
     def encode(rows: Sequence[Row]) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
-"""Samples from a checkpoint into one PNG grid.
+"""Samples from a checkpoint into one PNG grid, or tells the depth of a picture.
 
 python -m d2f_jax.sample --model=PATH_OR_HUB_ID --prompt="a red cube" --num_steps=4 --out=samples.png
+python -m d2f_jax.sample --model=DEPTH_MODEL --image=PICTURE --num_steps=4 --ensemble=4 --out=depth.png
 """
 
 from pathlib import Path
@@ -13,17 +14,23 @@ from tqdm import tqdm
 
 from d2f_jax import program, report
 from d2f_jax.alignment import Alignment, Convention
+from d2f_jax.data.sources import read_image
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.sde import SDE, Form, LastStep
+from d2f_jax.subjects import shown
+from d2f_jax.task import Task
 
 _MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id, or the embedded tiny-sd.")
 _LORA = flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat for more.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
+_IMAGE = flags.DEFINE_string("image", None, "Tell this picture's depth, with a model of depth; no prompt then.")
+_ENSEMBLE = flags.DEFINE_integer("ensemble", 1, "Estimates of depth that are merged.", lower_bound=1)
+_RESOLUTION = flags.DEFINE_integer("resolution", None, "Pixels of the picture's longer side, as depth's model sees it.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
-_OUT = flags.DEFINE_string("out", "samples.png", "The picture to write.")
+_OUT = flags.DEFINE_string("out", "samples.png", "The picture to write; of depth, white is near, or .npy in float32.")
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
     "euler",
@@ -57,11 +64,13 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What th
 def main() -> None:
     if _MODEL.value is None:
         raise InputError("--model is missing: a diffusers folder, a hub id, or tiny-sd")
-    prompts = [prompt for prompt in read_prompts() for _ in range(_IMAGES.value)]
+    prompts = [] if _IMAGE.value else [prompt for prompt in read_prompts() for _ in range(_IMAGES.value)]
+    picture = read_image(_IMAGE.value)[None] if _IMAGE.value else None
     out = Path(_OUT.value)
     if not out.parent.is_dir():
         raise InputError(f"--out={out}: the folder {out.parent} does not exist; create it first")
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+    as_numbers = picture is not None and out.suffix == ".npy"
+    if not as_numbers and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise InputError(f"--out={out}: no picture format is called {out.suffix!r}; write .png")
     sampler = Sampler(
         name=cast(SamplerName, _SAMPLER.value),
@@ -83,8 +92,21 @@ def main() -> None:
         dtype=_DTYPE.value,
         alignment=Alignment(convention=convention) if convention else None,
     )
-    if _LORA.value is not None:
-        pipeline = pipeline.with_lora(_LORA.value)
+    if _LORA.value is not None:  # adapters that learned depth are of a network that was widened for it
+        pipeline = (pipeline.for_task(Task("image_to_depth")) if picture is not None else pipeline).with_lora(
+            _LORA.value
+        )
+    if picture is not None:
+        depth = pipeline.depth(
+            picture,
+            num_steps=_NUM_STEPS.value,
+            ensemble=_ENSEMBLE.value,
+            resolution=_RESOLUTION.value,
+            seed=_SEED.value,
+            sampler=sampler,
+        )
+        write(out, depth[0] if as_numbers else shown(depth)[0])
+        return
     images = []
     with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:
         for i in range(0, len(prompts), _BATCH.value):
@@ -105,8 +127,16 @@ def main() -> None:
             )
             bar.update(len(chunk))
     columns = _IMAGES.value if _IMAGES.value > 1 else max(1, round(len(prompts) ** 0.5))
+    write(out, report.tile(np.concatenate(images), columns))
+
+
+def write(out: Path, pixels: np.ndarray) -> None:
+    """uint8 [H, W, 3] as a picture, numbers as they are."""
     try:
-        Image.fromarray(report.tile(np.concatenate(images), columns)).save(out)
+        if pixels.dtype == np.uint8:
+            Image.fromarray(pixels).save(out)
+        else:
+            np.save(out, pixels)
     except OSError as error:
         raise InputError(f"--out={out} cannot be written ({error.strerror or error}); give another file") from error
     print(out)

@@ -58,11 +58,20 @@ class Sampler:
         return dataclasses.replace(self, shift=1.0)
 
     def grid(
-        self, schedule: NoiseSchedule, how: Alignment, scheduler_config: Mapping[str, Any], num_steps: int
+        self,
+        schedule: NoiseSchedule,
+        how: Alignment,
+        scheduler_config: Mapping[str, Any],
+        num_steps: int,
+        *,
+        at_noise: bool = True,
     ) -> np.ndarray:
-        """Flow times, or DDIM's timesteps, float32; padded so that one program serves many numbers of steps."""
+        """Flow times, or DDIM's timesteps, float32; padded so that one program serves many numbers of steps.
+
+        A flow that does not start `at_noise` has no diffusion model's first state, and begins at 0.
+        """
         length = max(64, 1 << (num_steps - 1).bit_length())
-        flow_grid = sampling.flow_grid(schedule, num_steps, shift=self.shift, aligned=how.complete)
+        flow_grid = sampling.flow_grid(schedule, num_steps, shift=self.shift, aligned=how.complete and at_noise)
         match self.name:
             case "dopri5":
                 return flow_grid[[0, -1]]

@@ -6,13 +6,14 @@ from typing import Any, get_args
 
 from jax.sharding import Mesh
 
-from d2f_jax import distributed, objectives, optim, sharding
+from d2f_jax import distributed, metrics, objectives, optim, sharding
 from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.errors import InputError
 from d2f_jax.flow import TimeDistribution
 from d2f_jax.models.unet import Remat
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
+from d2f_jax.task import Task
 
 _CHOICES = {
     "objective.name": get_args(objectives.Name),
@@ -23,6 +24,8 @@ _CHOICES = {
     "data.resize": ("aspect", "fixed"),
     "data.crop": ("center", "random"),
     "data.on_damage": ("stop", "skip"),
+    "eval.depth.space": get_args(metrics.DepthSpace),
+    "eval.depth.protocol": tuple(metrics.DEPTH_PROTOCOLS),
     "train.optimizer": get_args(optim.Name),
     "train.schedule": get_args(optim.Schedule),
     "train.first_moment_dtype": ("float32", "bfloat16"),
@@ -66,6 +69,7 @@ _LEAST = {
     "eval.num_images": 2,
     "eval.batch_size": 1,
     "eval.grid_images": 1,
+    "eval.depth.ensemble": 1,
 }
 _MOST = {
     **{f"lora.{group}_ratio": 1 for group in _LORA_GROUPS},
@@ -105,7 +109,12 @@ def check(config: Config, mesh: Mesh) -> None:
             raise InputError(f"config.{name}={value} is too small; use {bound} or more")
         if value > _MOST.get(name, value):
             raise InputError(f"config.{name}={value} is too large; use {_MOST[name]} or less")
-    make_objective(config)
+    objective, task = make_objective(config), make_task(config)
+    if task.start != "noise" and (objective.name == "diffusion" or eval_sampler(config).name.startswith("ddim")):
+        raise InputError(
+            f"config.task.start={task.start}: diffusion, and DDIM, start at noise; use diff2flow or flow_matching, and "
+            "a config.eval.sampler of the flow's"
+        )
     eval_sampler(config)
     reflow_sampler(config)
     for group in _LORA_GROUPS:
@@ -150,6 +159,11 @@ def make_objective(config: Config) -> objectives.Objective:
         times=TimeDistribution(name=o.times, mean=o.logit_mean, std=o.logit_std, shift=o.shift),
         min_snr_gamma=o.min_snr_gamma,
     )
+
+
+def make_task(config: Config) -> Task:
+    """Raises InputError as Task does."""
+    return Task(**config.task.to_dict())
 
 
 def eval_sampler(config: Config) -> Sampler:

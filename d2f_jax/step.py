@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ from d2f_jax import flow, lora, objectives, optim, sharding
 from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.objectives import Objective
 from d2f_jax.schedule import NoiseSchedule
+from d2f_jax.task import Task
 
 Batch = dict[str, jax.Array]
 """image_BxHxWx3 uint8 or latent_mean_BxHxWxC (perhaps latent_std alike); input_ids_BxL or text_states_BxLxD.
 
-With weight_B, 1 for an example and 0 for a row that could not be read, and perhaps noise_BxHxWxC.
+With weight_B, 1 for an example and 0 for a row that could not be read, and perhaps noise_BxHxWxC. For depth also
+depth_BxHxW from -1 to 1, or picture_mean beside the depth's latent_mean; and valid_BxHxW of pixels, or of latents.
 """
 Metrics = dict[str, jax.Array]
 Tree = TypeVar("Tree")
@@ -72,6 +74,7 @@ class StepOptions:
     latent_scale: float
     lora_scale: float
     objective: Objective
+    task: Task
     compute_dtype: str
     ema_decay: float
     ema_start: int
@@ -109,13 +112,15 @@ def make_loss(
 
     def loss(params: nnx.State, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
         unet = nnx.merge(networks.unet, whole(params))
-        mean, std, text_BxLxD = encoded(networks, frozen, batch, whole)
-        x_1 = (mean + std * draws.posterior_noise) * options.latent_scale
+        found = encoded(networks, frozen, batch, whole)
+        x_1 = (found.mean + found.std * draws.posterior_noise) * options.latent_scale
+        picture = None if found.picture is None else found.picture * options.latent_scale
+        x_0 = options.task.source(draws.x_0, picture)
 
         def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
-            return unet(dm_x, tau_B, text_BxLxD)
+            return unet(options.task.network_input(dm_x, picture), tau_B, found.text_states)
 
-        return objectives.loss(options.objective, schedule, predict, x_1, draws.x_0, draws.t_B)
+        return objectives.loss(options.objective, schedule, predict, x_1, x_0, draws.t_B, found.valid)
 
     return loss
 
@@ -174,12 +179,23 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def encoded(
-    networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[nnx.State], nnx.State]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Encoded(NamedTuple):
     """Mean and standard deviation of the unscaled latents [B, H, W, C] and the text's states [B, L, D], float32.
 
-    Each is computed from pictures or captions, or taken from a batch that brings it. `whole` gathers parameters.
+    Of depth, `picture` is the picture's latent, and `valid` bool [B, H, W, 1] where the whole patch is.
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    text_states: jax.Array
+    picture: jax.Array | None = None
+    valid: jax.Array | None = None
+
+
+def encoded(networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[nnx.State], nnx.State]) -> Encoded:
+    """What the loss is of: computed from pictures or captions, or taken from a batch that brings it.
+
+    `whole` gathers parameters. A depth map is encoded as a grey picture, and its latent is the mean.
     """
     if "text_states" in batch:
         text_BxLxD = batch["text_states"].astype(jnp.float32)
@@ -188,10 +204,24 @@ def encoded(
     if "latent_mean" in batch:
         mean = batch["latent_mean"].astype(jnp.float32)
         std = batch["latent_std"].astype(jnp.float32) if "latent_std" in batch else jnp.zeros_like(mean)
-        return mean, std, text_BxLxD
+        if "picture_mean" not in batch:
+            return Encoded(mean, std, text_BxLxD)
+        return Encoded(mean, std, text_BxLxD, batch["picture_mean"].astype(jnp.float32), batch["valid"][..., None])
     image = batch["image"].astype(jnp.float32) / 127.5 - 1
-    latent = nnx.merge(networks.vae, whole(frozen.vae)).encode(image)
-    return latent.mean, latent.std, text_BxLxD
+    vae = nnx.merge(networks.vae, whole(frozen.vae))
+    latent = vae.encode(image)
+    if "depth" not in batch:
+        return Encoded(latent.mean, latent.std, text_BxLxD)
+    mean = vae.encode(jnp.repeat(batch["depth"][..., None], 3, axis=-1)).mean
+    valid = whole_patches(batch["valid"], mean.shape[1:3])
+    return Encoded(mean, jnp.zeros_like(mean), text_BxLxD, latent.mean, valid)
+
+
+def whole_patches(valid_BxHxW: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """bool [B, h, w, 1]: the patches of a grid of `size` all of whose pixels are valid."""
+    (count, height, width), (h, w) = valid_BxHxW.shape, size
+    patches = valid_BxHxW.reshape(count, h, height // h, w, width // w)
+    return jnp.all(patches, axis=(2, 4))[..., None]
 
 
 def draw(key: jax.Array, times: flow.TimeDistribution, networks: Networks, frozen: Frozen, batch: Batch) -> Draws:
@@ -203,7 +233,7 @@ def draw(key: jax.Array, times: flow.TimeDistribution, networks: Networks, froze
 
 
 def latent_shape(networks: Networks, frozen: Frozen, batch: Batch) -> tuple[int, ...]:
-    return jax.eval_shape(lambda f, b: encoded(networks, f, b, lambda params: params)[0], frozen, batch).shape
+    return jax.eval_shape(lambda f, b: encoded(networks, f, b, lambda params: params).mean, frozen, batch).shape
 
 
 def accumulated(compute: Callable[..., Tree], parts: Any) -> Tree:

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
@@ -29,12 +28,12 @@ from d2f_jax import (
     datasets,
     distributed,
     lora_files,
-    metrics,
     optim,
     prior,
     program,
     report,
     sharding,
+    subjects,
     validation,
 )
 from d2f_jax import step as steps
@@ -79,10 +78,10 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
     step = steps.make_train_step(networks, pipeline.schedule, optimizer, options, mesh)
     plain_options = dataclasses.replace(options, accumulate=1)
     plain_step = steps.make_train_step(plain_networks, pipeline.schedule, optimizer, plain_options, mesh)
-    given = datasets.open_given(config.data)
+    given = datasets.open_given(config)
     datasets.check_prepared(config.data, pipeline, given)
     claim(workdir, config)
-    data = datasets.open_data(config.data, workdir, pipeline, given)
+    data = datasets.open_data(config, workdir, pipeline, given)
     state, frozen = prior.place(mesh, trained, frozen, optimizer, jax.random.key(config.seed))
     tell_unsplit(mesh, state.trained)
     del trained  # a part of the state now
@@ -139,6 +138,7 @@ def step_options(config: Config, pipeline: Pipeline) -> steps.StepOptions:
         latent_scale=pipeline.vae.config.scaling_factor,
         lora_scale=config.lora.scale,
         objective=make_objective(config),
+        task=pipeline.task,
         compute_dtype=config.compute_dtype,
         ema_decay=config.train.ema_decay,
         ema_start=config.train.ema_start,
@@ -168,7 +168,7 @@ def make_insight(
     optimizer_options: optim.OptimizerOptions,
 ) -> Insight:
     """How the averaged parameters of a state are sampled with, and judged on what is held out."""
-    sampler = dataclasses.replace(pipeline, mesh=mesh)
+    sampler, shown = dataclasses.replace(pipeline, mesh=mesh), data.examples(config.eval.grid_images)
     judge = None
     if data.validation:
         loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
@@ -180,7 +180,8 @@ def make_insight(
         unet_params=lambda state: steps.unet_params(state.ema, frozen.unet, options.lora_scale),
         pipeline=lambda params: prior.filled(sampler, params, frozen, config.data.image_size),
         validation_loss=judge,
-        prompts=[example["text"] for example in data.examples(config.eval.grid_images)],
+        subject=subjects.make(config, shown, judged=False),
+        count=len(shown),
     )
 
 
@@ -259,43 +260,36 @@ def finish(
     writer: report.MetricsWriter,
     preemption: distributed.Preemption,
 ) -> None:
-    """Samples before and after, side by side; on ShapesWorld with scores. Raises Preempted when told to make room."""
+    """Samples before and after, side by side, with scores of depth and on ShapesWorld.
+
+    Raises Preempted when told to make room.
+    """
 
     def make_room() -> None:
         if preemption.reached():
             raise Preempted("told to make room after the training, which is saved; start the same command again")
 
-    scored = datasets.scored(config.data)
-    examples = data.examples(config.eval.num_images if scored else config.eval.grid_images)
-    prompts = [example["text"] for example in examples]
-    score = None
-    if scored:
-        classifier = metrics.load_classifier()
-        images = np.stack([example["image"] for example in examples if "image" in example])
-        real = metrics.feature_statistics(classifier, images)
-        score = functools.partial(metrics.shapes_scores, classifier, prompts=prompts, reference=real)
+    examples = data.examples(config.eval.num_images if datasets.scored(config) else config.eval.grid_images)
+    subject = subjects.make(config, examples, judged=True)
     compared = comparison.compare(
         comparison.contenders(before, after, config.objective.name, eval_sampler(config)),
-        prompts,
+        subject,
+        len(examples),
         step_counts=config.eval.step_counts,
         batch_size=config.eval.batch_size,
-        guidance_scale=config.eval.guidance_scale,
-        seed=config.eval.seed,
-        image_size=config.data.image_size,
-        score=score,
         after_batch=make_room,
     )
     if not distributed.is_main():
         return
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)
-    picture = comparison.picture(compared, config.eval.grid_images, zoom=comparison.zoom(compared))
+    picture = comparison.picture(compared, config.eval.grid_images)
     picture.save(samples / "before_and_after.png")
     writer.image(config.train.num_steps, "before_and_after", picture)
-    if scored:
+    if subject.judge is not None:
         table = comparison.table(compared)
         (workdir / "scores.md").write_text(table)
-        print(f"\n{config.data.image_size} pixels, {len(prompts)} samples:\n\n{table}")
+        print(f"\n{config.data.image_size} pixels, {len(examples)} samples:\n\n{table}")
     print(f"pictures: {samples / 'before_and_after.png'}\nexport:   {workdir / 'export'} (a diffusers folder)")
 
 

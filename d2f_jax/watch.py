@@ -16,20 +16,23 @@ from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from d2f_jax.settings import eval_sampler
+from d2f_jax.subjects import Subject
 
 
 @dataclasses.dataclass(frozen=True)
 class Insight:
     """How to look into a state: `pipeline(unet_params)` samples with it, `validation_loss(unet_params)` judges it.
 
-    `unet_params(state)` are the averaged ones. `validation_loss` is None where nothing is held out.
+    `unet_params(state)` are the averaged ones. `validation_loss` is None where nothing is held out. `count` examples
+    of `subject` are drawn.
     """
 
     learning_rate: Callable[[int], Any]
     unet_params: Callable[[steps.TrainState], Any]
     pipeline: Callable[[Any], Pipeline]
     validation_loss: Callable[[Any], dict[str, float]] | None
-    prompts: list[str]
+    subject: Subject
+    count: int
 
 
 class Watch:
@@ -98,15 +101,12 @@ class Watch:
             config = self._config.eval
             drawn = comparison.compare(
                 [comparison.Contender(f"step {step}", self._insight.pipeline(params), eval_sampler(self._config))],
-                self._insight.prompts,
+                self._insight.subject,
+                self._insight.count,
                 step_counts=config.step_counts,
                 batch_size=config.batch_size,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-                image_size=self._config.data.image_size,
-                score=None,
             )
-            picture = comparison.picture(drawn, len(self._insight.prompts), zoom=comparison.zoom(drawn))
+            picture = comparison.picture(drawn, self._insight.count)
             self._writer.image(step, "samples", picture)
             if distributed.is_main():
                 (self._workdir / "samples").mkdir(exist_ok=True)

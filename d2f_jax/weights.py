@@ -133,12 +133,17 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """`tokenize(texts) -> int32 [B, L]`, padded and cut to the model's length; travels to worker processes."""
+    """`tokenize(texts) -> int32 [B, L]`, cut to the model's length; travels to worker processes.
+
+    Padded to that length, or else to the longest of the texts.
+    """
 
     tokenizer: CLIPTokenizer
+    padded: bool = True
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        ids = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="np").input_ids
+        padding = "max_length" if self.padded else "longest"
+        ids = self.tokenizer(list(texts), padding=padding, truncation=True, return_tensors="np").input_ids
         return ids.astype(np.int32)
 
 

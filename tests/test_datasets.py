@@ -70,7 +70,7 @@ def config(model: Path, *sources: str, **changes: object) -> ConfigDict:
 
 
 def opened(config: ConfigDict, pipeline: Pipeline, workdir: Path) -> Data:
-    return datasets.open_data(config.data, workdir, pipeline, datasets.open_given(config.data))
+    return datasets.open_data(config, workdir, pipeline, datasets.open_given(config))
 
 
 def captions(source: Any) -> list[str]:
@@ -115,8 +115,8 @@ def test_a_mixture_shows_and_trains_all_of_its_sources(
     flat = np.concatenate([np.asarray(batch["image"]).std((1, 2, 3)) == 0 for batch in itertools.islice(batches, 20)])
     batches.close()
     assert abs(flat.mean() - 3 / 4) < 0.1
-    assert not datasets.scored(mixed.data)
-    assert datasets.scored(config(model, "shapes_world").data)
+    assert not datasets.scored(mixed)
+    assert datasets.scored(config(model, "shapes_world"))
 
 
 def test_a_checkpoint_goes_on_with_the_same_examples_only(
@@ -187,7 +187,8 @@ def test_damage_is_told_and_weighs_nothing(
 ) -> None:
     run = config(model, f"image_folder:{pictures}", **{"data.on_damage": "skip"})
     whole = opened(run, pipeline, tmp_path)
-    data = dataclasses.replace(whole, train=[Damaged(whole.train[0])])
+    damaged: list[Any] = [Damaged(whole.train[0])]
+    data = dataclasses.replace(whole, train=damaged, shown=damaged)
     with caplog.at_level(logging.ERROR, "absl"):
         batches = data.train_batches(run, MESH, 0)
         batch = next(batches)

@@ -9,12 +9,12 @@ ROOT = Path(d2f_jax.__file__).parent
 LAYERS = [
     {"errors"},
     {"schedule", "flow", "alignment", "sampling", "sde", "sampler"},
-    {"models", "lora"},
+    {"models", "lora", "task"},
     {"chips", "distributed", "objectives", "optim", "sharding", "step", "validation"},
     {"checkpoint", "data", "lora_files", "metrics", "report", "weights"},
-    {"pipeline"},
+    {"ensemble", "export", "pipeline", "programs"},
     {"comparison", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
-    | {"settings", "train", "watch"},
+    | {"settings", "subjects", "train", "watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from d2f_jax.data import order
-from d2f_jax.data.fit import fit_depth, fit_image
+from d2f_jax.data.depth import normalised
+from d2f_jax.data.fit import Fit, fit_depth, fit_image, picture_and_depth
 from d2f_jax.data.loader import train_batches
 from d2f_jax.data.sources import held_out
 from d2f_jax.errors import InputError
@@ -109,9 +110,10 @@ def assert_same(a, b) -> None:
 
 
 def test_a_batch_has_the_promised_shapes():
-    batch = next(batches(Numbered(10, depth=True, noise=True), image_size=4))
+    batch = next(batches(Numbered(10, depth=True, noise=True), image_size=4, depth=True))
     assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.uint8
     assert batch["depth"].shape == (4, 4, 4) and batch["depth"].dtype == np.float32
+    assert batch["valid"].shape == (4, 4, 4) and batch["valid"].dtype == np.bool_
     assert batch["noise"].shape == (4, 4, 4, 4) and batch["noise"].dtype == np.float32
     assert batch["input_ids"].shape == (4, 2) and batch["input_ids"].dtype == np.int32
     assert batch["weight"].tolist() == [1, 1, 1, 1] and batch["weight"].dtype == np.float32
@@ -309,10 +311,12 @@ def test_dropped_text_states_are_those_of_the_empty_caption():
     np.testing.assert_array_equal(batch["text_states"][dropped], np.broadcast_to(null_text, (dropped.sum(), 3, 2)))
 
 
-@pytest.mark.parametrize("source", [Numbered(9, depth=True, noise=True), Prepared(9)])
+@pytest.mark.parametrize("source", [Numbered(9, first=1, depth=True, noise=True), Prepared(9)])
 def test_a_flip_mirrors_everything_or_nothing(source):
-    batch = next(batches(source, batch_size=30, random_flip=True))
-    arrays = {name: value for name, value in batch.items() if np.ndim(value) > 2 and name != "text_states"}
+    batch = next(batches(source, batch_size=30, random_flip=True, depth=isinstance(source, Numbered)))
+    arrays = {
+        name: value for name, value in batch.items() if np.ndim(value) > 2 and name not in ("text_states", "valid")
+    }
     rising = {name: value[:, 0, 0] < value[:, 0, -1] for name, value in arrays.items()}
     first = next(iter(rising.values())).reshape(30, -1)[:, 0]
     assert 5 < first.sum() < 25
@@ -329,6 +333,23 @@ def test_one_knob_leaves_the_other_alone():
 
 
 @dataclasses.dataclass(frozen=True)
+class PreparedDepth:
+    """As `d2f_jax.prepare` leaves depth."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int):
+        latent = np.full((4, 4, 4), index, np.float16)
+        return {"latent_mean": latent, "picture_mean": latent + 1, "valid": np.zeros((4, 4), bool), "text": ""}
+
+
+WHOLE = Fit(
+    image_size=8, depth=True, resize="aspect", crop="center", random_flip=False, caption_dropout=0.0, null_text=None
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class Wide:
     """One picture and its depth, 8 x 32, whose value is the column."""
 
@@ -341,23 +362,41 @@ class Wide:
 
 
 def test_a_random_crop_takes_picture_and_depth_from_the_same_place():
-    batch = next(batches(Wide(), batch_size=60, crop="random"))
-    left = batch["depth"][:, 0, 0]
+    batch = next(batches(Wide(), batch_size=60, crop="random", depth=True))
+    left = batch["image"][:, 0, 0, 0]
     assert left.min() < 4 and left.max() > 20 and len(set(left)) > 12
-    assert np.abs(batch["image"][..., 0] - batch["depth"]).max() <= 1
+    for first, depth in zip(left.astype(int), batch["depth"], strict=True):
+        # Depth is of the nearest pixel, the picture is interpolated: they begin within a pixel of each other.
+        near = [normalised(np.tile(np.arange(k, k + 8.0), (8, 1)))[0] for k in (first - 1, first, first + 1)]
+        assert min(np.abs(depth - wanted).max() for wanted in near) < 1e-6
     centre = next(batches(Wide(), batch_size=2))
-    np.testing.assert_array_equal(centre["depth"][:, 0], [np.arange(12, 20)] * 2)
+    np.testing.assert_array_equal(centre["image"][:, 0, :, 0], [np.arange(12, 20)] * 2)
 
 
 def test_fixed_squeezes_instead_of_cutting():
-    batch = next(batches(Wide(), batch_size=1, resize="fixed"))
-    np.testing.assert_array_equal(batch["depth"][0, 0], np.arange(8) * 4 + 2)
-    np.testing.assert_allclose(batch["image"][0, 0, :, 0], np.arange(8) * 4 + 1.5, atol=1)
+    image, depth = picture_and_depth(Wide()[0], dataclasses.replace(WHOLE, resize="fixed"))
+    np.testing.assert_array_equal(depth[0], np.arange(8) * 4 + 2)
+    np.testing.assert_allclose(image[0, :, 0], np.arange(8) * 4 + 1.5, atol=1)
 
 
-def test_depth_is_left_out_where_not_every_source_has_it():
-    assert "depth" not in next(batches(Numbered(10), Numbered(10, depth=True)))
-    assert "depth" in next(batches(Numbered(5, depth=True), Numbered(10, depth=True)))
+def test_depth_is_read_where_it_is_asked_for_and_then_has_no_caption():
+    plain = next(batches(Numbered(10), Numbered(10, depth=True)))
+    assert not {"depth", "valid"} & plain.keys()
+    with_depth = next(batches(Numbered(10, first=3, depth=True), depth=True))
+    assert (with_depth["input_ids"] == next(batches(Numbered(10), caption_dropout=1.0))["input_ids"]).all()
+    with pytest.raises(InputError, match="there is no depth; add it, or leave the example out"):
+        batches(Numbered(10, depth=True), Numbered(10), depth=True)
+    with pytest.raises(InputError, match="the latents have no picture's beside them; prepare the data with the config"):
+        batches(Prepared(9), depth=True)
+
+
+def test_the_text_of_prepared_depth_is_the_folder_s_empty_one():
+    null_text = np.ones((2, 5), np.float16)
+    batch = next(batches(PreparedDepth(), depth=True, null_text=null_text))
+    np.testing.assert_array_equal(batch["text_states"], [null_text] * 4)
+    assert "input_ids" not in batch and batch["picture_mean"].shape == (4, 4, 4, 4) and not batch["valid"].any()
+    with pytest.raises(InputError, match="the latents are of depth; prepare the data with the config's task"):
+        batches(PreparedDepth())
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (20, 36), (33, 15), (5, 9)])

@@ -8,7 +8,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import images, quickstart, reflow, text_to_image
+from configs import depth, images, quickstart, reflow, text_to_image
 from d2f_jax import InputError, settings, sharding, train
 
 MESH = sharding.make_mesh(2, 4)
@@ -27,7 +27,14 @@ CONFIGS = {
     text_to_image: tuple(
         f"{name}{lora}{source}"
         for name in text_to_image.OBJECTIVES
-        for lora in ("", ":lora_small", ":lora_base")
+        for lora in ("", ":lora_small", ":sd15:lora_base")
+        for source in ("", f":{SOURCE}")
+    ),
+    depth: tuple(
+        f"{name}{model}{lora}{source}"
+        for name in text_to_image.OBJECTIVES
+        for model in ("", ":sd15")
+        for lora in ("", ":lora_base")
         for source in ("", f":{SOURCE}")
     ),
     reflow: tuple(
@@ -41,10 +48,13 @@ def test_what_the_configs_say_is_allowed(file: ModuleType, arg: str) -> None:
     config = file.get_config(arg)
     settings.check(config, MESH)
     assert config.lora.enabled == ("lora" in arg)
-    if file in (text_to_image, reflow):
+    if file in (text_to_image, depth, reflow):
         assert config.objective.name == arg.partition(":")[0]
         assert config.data.sources == ((SOURCE,) if SOURCE in arg else ("shapes_world",))
-        assert (config.model == "tiny-sd") == (SOURCE not in arg or "small" in arg.split(":"))
+        small = SOURCE not in arg or "small" in arg.split(":")
+        assert config.model == (
+            "tiny-sd" if small else text_to_image.SD15 if file is reflow or "sd15" in arg else text_to_image.SD21
+        )
 
 
 @pytest.mark.parametrize("file", [text_to_image, reflow])

@@ -19,6 +19,7 @@ from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
 from d2f_jax.objectives import Objective
+from d2f_jax.task import TEXT_TO_IMAGE
 
 ADAM = optim.OptimizerOptions(
     name="adamw",
@@ -38,6 +39,7 @@ OPTIONS = steps.StepOptions(
     latent_scale=0.5,
     lora_scale=1.0,
     objective=Objective(),
+    task=TEXT_TO_IMAGE,
     compute_dtype="float32",
     ema_decay=0.9,
     ema_start=0,

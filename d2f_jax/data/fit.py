@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from d2f_jax.data.depth import normalised
 from d2f_jax.data.sources import Example
 from d2f_jax.errors import InputError
 
@@ -19,7 +20,15 @@ Crop = Literal["center", "random"]
 Box = tuple[float, float, float, float]  # left, top, right and bottom in pixels
 
 DRAWS = 4  # numbers in [0, 1) that a row takes, whatever it does with them: no option changes another's choices
-_DTYPES = {"latent_mean": np.float16, "latent_std": np.float16, "noise": np.float32, "text_states": np.float16}
+_DTYPES = {
+    "latent_mean": np.float16,
+    "latent_std": np.float16,
+    "picture_mean": np.float16,
+    "valid": np.bool_,
+    "noise": np.float32,
+    "text_states": np.float16,
+}
+_OF_LATENTS = ("latent_mean", "latent_std", "picture_mean", "valid", "noise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,7 @@ class Fit:
     """How examples become rows; see `d2f_jax.data.loader.train_batches`."""
 
     image_size: int
+    depth: bool
     resize: Resize
     crop: Crop
     random_flip: bool
@@ -35,18 +45,26 @@ class Fit:
 
 
 def make_row(example: Example, fit: Fit, draws: Sequence[float]) -> Row:
-    """A latent, if there is one, is taken instead of the picture, and text states instead of the caption."""
+    """A latent, if there is one, is taken instead of the picture, and text states instead of the caption.
+
+    With `fit.depth` there is depth too, as `normalised`, and no caption.
+    """
     flip, drop, across, down = draws
-    prepared = [name for name in ("latent_mean", "latent_std", "noise") if name in example]
+    prepared = [name for name in _OF_LATENTS if name in example]
     row: Row = {name: np.asarray(example[name], _DTYPES[name]) for name in prepared}
     if "latent_mean" not in row:
-        row |= _fit_picture(example, fit, across, down)
+        row["image"], depth = picture_and_depth(example, fit, across, down)
+        if depth is not None:
+            row["depth"], row["valid"] = normalised(depth)
+    elif fit.depth != ("picture_mean" in row):
+        lacking = "have no picture's beside them" if fit.depth else "are of depth"
+        raise InputError(f"the latents {lacking}; prepare the data with the config's task")
     if fit.random_flip and flip < 0.5:
         row = {name: array[:, ::-1] for name, array in row.items()}
-    dropped = drop < fit.caption_dropout
-    if "text_states" not in example:
+    dropped = fit.depth or drop < fit.caption_dropout
+    if "text_states" not in example and not (fit.depth and fit.null_text is not None):
         return row | {"text": "" if dropped else example["text"]}
-    states = fit.null_text if dropped else example["text_states"]
+    states = fit.null_text if dropped else example.get("text_states")
     return row | {"text_states": np.asarray(states, _DTYPES["text_states"])}
 
 
@@ -55,18 +73,16 @@ def spec_of(row: Row) -> Spec:
 
 
 def conform(row: Row, spec: Spec) -> Row:
-    """The row with the arrays of `spec`; raises `InputError` for others, unless it's a depth that no one asks for."""
+    """The row, if it has the arrays of `spec`; raises `InputError` for others."""
     own = spec_of(row)
     for name in [*spec, *own]:
         if name not in own:
             raise InputError(f"there is no {name}, which other examples have; add it or leave the example out")
         if name not in spec:
-            if name != "depth":
-                raise InputError(f"there is {name}, which other examples lack; remove it or leave the example out")
-            continue
+            raise InputError(f"there is {name}, which other examples lack; remove it or leave the example out")
         if own[name] != spec[name]:
             raise InputError(f"{name} has the shape {own[name][0]}, in other examples {spec[name][0]}; make them equal")
-    return {name: value for name, value in row.items() if name in spec or name == "text"}
+    return row
 
 
 def blank(spec: Spec) -> Row:
@@ -92,7 +108,13 @@ def fit_depth(depth_HxW: np.ndarray, size: int, box: Box) -> np.ndarray:
     return np.asarray(depth_HxW[rows[:, None], columns], np.float32)
 
 
-def _fit_picture(example: Example, fit: Fit, across: float, down: float) -> Row:
+def picture_and_depth(
+    example: Example, fit: Fit, across: float = 0.5, down: float = 0.5
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The picture, uint8 [size, size, 3], and with `fit.depth` its depth, float32 [size, size], cut alike.
+
+    Raises InputError where they are not there.
+    """
     if "image" not in example:
         raise InputError("there is neither a picture nor a latent; add one or leave the example out")
     image = example["image"]
@@ -101,13 +123,15 @@ def _fit_picture(example: Example, fit: Fit, across: float, down: float) -> Row:
         box = (0.0, 0.0, float(width), float(height))
     else:
         box = _square(height, width, across, down) if fit.crop == "random" else _square(height, width, 0.5, 0.5)
-    row = {"image": fit_image(image, fit.image_size, box)}
+    fitted = fit_image(image, fit.image_size, box)
+    if not fit.depth:
+        return fitted, None
     if "depth" not in example:
-        return row
+        raise InputError("there is no depth; add it, or leave the example out")
     depth = example["depth"]
     if depth.shape != (height, width):
         raise InputError(f"the depth has the shape {depth.shape}, its picture {(height, width)}; make them equal")
-    return row | {"depth": fit_depth(depth, fit.image_size, box)}
+    return fitted, fit_depth(depth, fit.image_size, box)
 
 
 def _square(height: int, width: int, across: float, down: float) -> Box:

@@ -26,16 +26,19 @@ OnDamage = Literal["stop", "skip"]
 
 
 class Batch(TypedDict):
-    """Of pictures `image` uint8 [B, H, W, 3], perhaps `depth` float32 [B, H, W]; of prepared examples `latent_mean` and
-    perhaps `latent_std` float16 [B, h, w, C]. Of captions `input_ids` int32 [B, L], or `text_states` float16 [B, L, D].
-    Perhaps `noise` float32 [B, h, w, C]. `weight` float32 [B] is 1, and 0 for a row of zeros in the place of an example
-    that could not be read, of which `damaged` (for the host) tells the reason.
+    """Of pictures `image` uint8 [B, H, W, 3]; of prepared examples `latent_mean` and perhaps `latent_std` float16
+    [B, h, w, C]. Of captions `input_ids` int32 [B, L], or `text_states` float16 [B, L, D]. Perhaps `noise` float32
+    [B, h, w, C]. For depth also `depth` float32 [B, H, W] from -1 to 1, or of prepared examples `picture_mean` float16
+    [B, h, w, C]; and `valid` bool [B, H, W] or [B, h, w]. `weight` float32 [B] is 1, and 0 for a row of zeros in the
+    place of an example that could not be read, of which `damaged` (for the host) tells the reason.
     """
 
     image: NotRequired[np.ndarray]
     depth: NotRequired[np.ndarray]
+    valid: NotRequired[np.ndarray]
     latent_mean: NotRequired[np.ndarray]
     latent_std: NotRequired[np.ndarray]
+    picture_mean: NotRequired[np.ndarray]
     noise: NotRequired[np.ndarray]
     input_ids: NotRequired[np.ndarray]
     text_states: NotRequired[np.ndarray]
@@ -49,6 +52,7 @@ def train_batches(
     *,
     batch_size: int,
     image_size: int,
+    depth: bool = False,
     latent_size: int | None = None,
     seed: int,
     weights: Sequence[float] = (),
@@ -67,7 +71,7 @@ def train_batches(
 
     `batch_size` is the global one, of which this process gets the `rows`, numbers that increase; None means all.
     Of several sources every one is endless, in a new order every epoch, and has its share by `weights` (equal if
-    empty). All examples have the same arrays, but a depth that not all sources have is left out.
+    empty). All examples have the same arrays. With `depth` they have depth, and no caption.
 
     `resize="aspect"` makes a picture's shorter side `image_size` and cuts the rest off around the centre, or anywhere
     for `crop="random"`; `"fixed"` makes both sides `image_size`. Latents and noise must be of `latent_size`, that of
@@ -93,6 +97,7 @@ def train_batches(
         raise InputError(f"caption_dropout={caption_dropout:g} is no probability from 0 to 1")
     fit = Fit(
         image_size=image_size,
+        depth=depth,
         resize=resize,
         crop=crop,
         random_flip=random_flip,
@@ -194,14 +199,12 @@ def _spec(source: _Guarded, fit: Fit, on_damage: OnDamage) -> Spec:
 
 
 def _common_spec(specs: Sequence[Spec]) -> Spec:
-    names = [{name for name in spec if name != "depth" or all("depth" in s for s in specs)} for spec in specs]
-    kept = [{name: spec[name] for name in spec if name in shared} for spec, shared in zip(specs, names, strict=True)]
-    for k, spec in enumerate(kept):
-        if spec != kept[0]:
+    for k, spec in enumerate(specs):
+        if spec != specs[0]:
             raise InputError(
-                f"source {k} gives {_told(spec)}, source 0 {_told(kept[0])}; sources that are mixed must be alike"
+                f"source {k} gives {_told(spec)}, source 0 {_told(specs[0])}; sources that are mixed must be alike"
             )
-    return kept[0]
+    return specs[0]
 
 
 def _told(spec: Spec) -> str:
@@ -232,7 +235,7 @@ def _check_at_least(least: int, **numbers: int) -> None:
 
 
 def _check_fit(fit: Fit, spec: Spec, latent_size: int | None) -> None:
-    shapes = {name: spec[name][0] for name in ("latent_mean", "latent_std", "noise") if name in spec}
+    shapes = {name: spec[name][0] for name in ("latent_mean", "latent_std", "picture_mean", "noise") if name in spec}
     for name, shape in shapes.items():
         if latent_size is not None and shape[:2] != (latent_size, latent_size):
             raise InputError(
@@ -241,7 +244,7 @@ def _check_fit(fit: Fit, spec: Spec, latent_size: int | None) -> None:
             )
     if len(set(shapes.values())) > 1:
         raise InputError(f"{_told({name: spec[name] for name in shapes})} must have one shape; write the data anew")
-    if fit.caption_dropout and "text_states" in spec:
+    if (fit.caption_dropout or fit.depth) and "text_states" in spec:
         shape, null_shape = spec["text_states"][0], None if fit.null_text is None else fit.null_text.shape
         if null_shape != shape:
             raise InputError(f"null_text has the shape {null_shape}, caption_dropout needs that of text states {shape}")

@@ -50,6 +50,7 @@ class Plan:
     sources: tuple[str, ...]
     held_out: int
     examples: dict[Split, int]
+    task: str = "text_to_image"  # of "image_to_depth" the latents are depth's, and their pictures' beside them
     teacher: dict[str, Any] | None = None  # of pairs with noise, how it was sampled from; see `d2f_jax.reflow`
 
 

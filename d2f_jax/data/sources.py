@@ -23,7 +23,8 @@ class Example(TypedDict):
 
     Pictures: `image` uint8 [H, W, 3]; `depth` float32 [H, W], 0 where there is none, as in the sky. Prepared ones:
     `latent_mean` and perhaps `latent_std` float16 [h, w, C], the VAE's own, that is not yet scaled; `text_states`
-    float16 [L, D]. Either may have `noise` float32 [h, w, C], which flows to this very latent.
+    float16 [L, D]. If the latent is of depth, `picture_mean` is its picture's, and `valid` bool [h, w] where depth is
+    known. All may have `noise` float32 [h, w, C], which flows to this very latent.
     """
 
     text: str
@@ -31,6 +32,8 @@ class Example(TypedDict):
     depth: NotRequired[np.ndarray]
     latent_mean: NotRequired[np.ndarray]
     latent_std: NotRequired[np.ndarray]
+    picture_mean: NotRequired[np.ndarray]
+    valid: NotRequired[np.ndarray]
     noise: NotRequired[np.ndarray]
     text_states: NotRequired[np.ndarray]
 

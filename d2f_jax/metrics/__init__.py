@@ -18,6 +18,7 @@ from d2f_jax.metrics.clip_score import Clip as Clip
 from d2f_jax.metrics.clip_score import clip_pixels as clip_pixels
 from d2f_jax.metrics.clip_score import load_clip_score as load_clip_score
 from d2f_jax.metrics.depth import DepthErrors as DepthErrors
+from d2f_jax.metrics.depth import DepthSpace as DepthSpace
 from d2f_jax.metrics.depth import depth_errors as depth_errors
 from d2f_jax.metrics.depth_protocols import DEPTH_PROTOCOLS as DEPTH_PROTOCOLS
 from d2f_jax.metrics.depth_protocols import DepthProtocol as DepthProtocol

@@ -11,7 +11,7 @@ import numpy as np
 
 from d2f_jax.metrics.depth_protocols import DepthProtocol
 
-Space = Literal["linear", "log"]
+DepthSpace = Literal["linear", "log"]
 _SMALLEST = 1e-6  # metres; what the logarithm needs, as in Marigold's evaluation
 
 
@@ -34,7 +34,7 @@ def depth_errors(
     prediction_HxW: np.ndarray,
     depth_HxW: np.ndarray,
     *,
-    space: Space = "linear",
+    space: DepthSpace = "linear",
     given_mask_HxW: np.ndarray | None = None,
 ) -> DepthErrors:
     """Of a prediction at the measured depth's size, affine in depth or, with `space="log"`, in its logarithm.
@@ -53,7 +53,7 @@ def align(
     depth_HxW: np.ndarray,
     valid_HxW: np.ndarray,
     *,
-    space: Space = "linear",
+    space: DepthSpace = "linear",
     fit_size: int | None = None,
 ) -> np.ndarray:
     """float64 [H, W]: `scale*prediction + shift`, or its exponential, whose squared error on the valid pixels is least.

@@ -69,6 +69,8 @@ _SIDES = (0.0359477, 0.96405229)
 _KITTI = DepthProtocol(1e-5, 80.0, files_per_metre=256, cut_to=KITTI_SIZE)
 DEPTH_PROTOCOLS = MappingProxyType(
     {
+        # whatever was measured
+        "all": DepthProtocol(0.0, np.inf),
         # 654 test pictures, 480 x 640; Eigen et al. (2014)
         "nyuv2": DepthProtocol(1e-3, 10.0, files_per_metre=1000, window=Window((45, 471), (41, 601), of=(480, 640))),
         # Eigen's test split, 652 pictures with improved ground truth

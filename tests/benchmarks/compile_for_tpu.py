@@ -35,6 +35,7 @@ from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
 from d2f_jax.objectives import Objective
+from d2f_jax.task import TEXT_TO_IMAGE
 
 UNET = UNetConfig(
     cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True, upcast_attention=True
@@ -112,6 +113,7 @@ OPTIONS = steps.StepOptions(
     latent_scale=0.18215,
     lora_scale=1.0,
     objective=Objective(),
+    task=TEXT_TO_IMAGE,
     compute_dtype="bfloat16",
     ema_decay=0.999,
     ema_start=0,
