@@ -39,6 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.task = ConfigDict()
     config.task.name = "text_to_image"  # or "image_to_depth"; what follows is its own
     config.task.concatenate = True  # the picture's latent with the network's input, which is widened for it
+    config.task.adapters = False  # adapters of convolutions see it, too or instead (LoRAdapter)
     config.task.start = "noise"  # of the flow; "image" is the picture's latent
     config.task.start_noise = 0.0  # how far that is noised: 0 not at all, 1 to noise alone
 

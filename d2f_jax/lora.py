@@ -10,6 +10,7 @@ it to the activations.
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -141,13 +142,20 @@ def merge(params: nnx.State, trained: Trained, *, scale: float) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
+def split(trained: Trained, *, scale: float) -> tuple[Trained, dict[str, Adapter]]:
+    """What `merge` takes, and the conditional adapters for `attach`, with `scale` in them."""
+    conditional = {path: entry for path, entry in trained.items() if isinstance(entry, Conditional)}
+    rest = {path: entry for path, entry in trained.items() if path not in conditional}
+    return rest, {path: dataclasses.replace(entry, b=scale * entry.b) for path, entry in conditional.items()}
+
+
 def product(adapter: Adapter) -> jax.Array:
     """`a @ b` [..., I, O], as exact as float32 is: it is added to weights, once for all activations."""
     return jnp.tensordot(adapter.a, adapter.b, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def attach(
-    network: nnx.Module, adapters: dict[str, Adapter], *, scale: float, condition: jax.Array | None = None
+    network: nnx.Module, adapters: Mapping[str, Adapter], *, scale: float, condition: jax.Array | None = None
 ) -> None:
     """Has the layers of `network` add their adapters' low-rank activations, which for plain ones is what `merge` does.
 

@@ -7,10 +7,12 @@ its pull request 14409 without them). The change of a fully trained convolution 
 min(O, I * H * W); that of a bias or a norm is none, and goes into a file of its own.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +24,10 @@ import safetensors.numpy
 from flax import nnx
 
 from d2f_jax import lora, weights
+from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.lora import Adapter, Conditional, Targets, Trained
+from d2f_jax.task import TEXT_TO_IMAGE, Task
 
 Layout = Literal["peft", "kohya"]
 
@@ -39,9 +43,22 @@ class Loaded:
     scale: float
 
 
-def save(file: str | Path, trained: Trained, targets: Targets, *, scale: float) -> None:
-    """All that is trained, adapters and whole layers, in our names and layout; `load` reads it back bit for bit."""
-    metadata = {"format": _FORMAT, "scale": repr(float(scale)), "targets": json.dumps(dataclasses.asdict(targets))}
+def save(
+    file: str | Path,
+    trained: Trained,
+    targets: Targets,
+    *,
+    scale: float,
+    task: Task = TEXT_TO_IMAGE,
+    alignment: Alignment = ALIGNED,
+) -> None:
+    """All that is trained, adapters and whole layers, in our names and layout; `load` reads it back bit for bit.
+
+    `learned` reads what task they learned, and with which alignment.
+    """
+    told = {"targets": targets, "task": task, "alignment": alignment}
+    metadata = {name: json.dumps(dataclasses.asdict(value)) for name, value in told.items()}
+    metadata |= {"format": _FORMAT, "scale": repr(float(scale))}
     _write(Path(file), {name: np.asarray(x) for name, x in _flat(trained).items()}, metadata)
 
 
@@ -52,17 +69,28 @@ def load(file: str | Path, params: nnx.State) -> Loaded:
     another shape than this UNet asks for.
     """
     file = Path(file)
-    try:
-        with safetensors.safe_open(file, framework="numpy") as handle:
-            metadata = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(f"{file} is missing; give a file of adapters") from error
-    except (OSError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(f"{file} is no safetensors file that can be read ({error}); copy it again") from error
+    with _opened(file) as handle:
+        metadata = handle.metadata() or {}
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     if metadata.get("format") == _FORMAT:
         return _own(file, tensors, metadata, params)
     return Loaded(_foreign(file, tensors, params), 1.0)
+
+
+def learned(file: str | Path) -> tuple[Task, Alignment] | None:
+    """What a file of `save` says that its adapters learned, and how; other files do not tell.
+
+    Raises InputError as `load`.
+    """
+    file = Path(file)
+    with _opened(file) as handle:
+        metadata = handle.metadata() or {}
+    if metadata.get("format") != _FORMAT:
+        return None
+    try:
+        return Task(**json.loads(metadata["task"])), Alignment(**json.loads(metadata["alignment"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unclear(file, error) from error
 
 
 def export(
@@ -107,11 +135,26 @@ def export(
     return beside
 
 
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            yield handle
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing; give a file of adapters") from error
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file} is no safetensors file that can be read ({error}); copy it again") from error
+
+
+def _unclear(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file} does not say what it holds ({error}); it is damaged or of another version")
+
+
 def _own(file: Path, tensors: dict[str, Any], metadata: dict[str, str], params: nnx.State) -> Loaded:
     try:
         targets, scale = Targets(**json.loads(metadata["targets"])), float(metadata["scale"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} does not say what it holds ({error}); it is damaged or of another version") from error
+        raise _unclear(file, error) from error
     try:
         like = jax.eval_shape(lambda params: lora.init(params, jax.random.key(0), targets), params)
     except InputError as error:

@@ -32,7 +32,8 @@ STEPS = 2**31
 class Pipeline:
     """A checkpoint in memory; calling it samples, or `depth` does, as its task is.
 
-    With a `mesh` (see `on_mesh`) every device takes its share.
+    `adapters` are those of the UNet's convolutions that depend on the picture. With a `mesh` (see `on_mesh`) every
+    device takes its share.
     """
 
     unet: UNet2DConditionModel
@@ -43,6 +44,7 @@ class Pipeline:
     scheduler_config: dict[str, Any]
     alignment: Alignment = ALIGNED
     task: Task = TEXT_TO_IMAGE
+    adapters: dict[str, lora.Adapter] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     _programs: dict[Any, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -118,17 +120,23 @@ class Pipeline:
         for name in ("unet", "vae", "text_encoder"):
             graphdef, params = nnx.split(getattr(self, name))
             networks[name] = nnx.merge(graphdef, sharding.put(params, sharding.kept(mesh, params)))
-        return dataclasses.replace(self, **networks, mesh=mesh, _programs={})
+        adapters = sharding.put(self.adapters, sharding.kept(mesh, self.adapters))
+        return dataclasses.replace(self, **networks, adapters=adapters, mesh=mesh, _programs={})
 
     def with_lora(self, file: str | Path, *, scale: float = 1.0) -> "Pipeline":
         """The same pipeline with adapters in its UNet, at `scale` times their own; a run's, PEFT's or kohya's file.
 
-        What was trained fully replaces the base at any scale. Raises InputError for a file that does not fit the UNet.
+        What was trained fully replaces the base at any scale. A run's file tells the task and the alignment, too, with
+        which its adapters were trained. Raises InputError for a file that does not fit the UNet.
         """
-        graphdef, params = nnx.split(self.unet)
+        learned = lora_files.learned(file)
+        ready = self if learned is None else dataclasses.replace(self.for_task(learned[0]), alignment=learned[1])
+        graphdef, params = nnx.split(ready.unet)
         loaded = lora_files.load(file, params)
-        unet = nnx.merge(graphdef, lora.merge(params, loaded.trained, scale=scale * loaded.scale))
-        return dataclasses.replace(self, unet=unet)
+        scale *= loaded.scale
+        plain, conditional = lora.split(loaded.trained, scale=scale)
+        unet = nnx.merge(graphdef, lora.merge(params, plain, scale=scale))
+        return dataclasses.replace(ready, unet=unet, adapters=ready.adapters | conditional, _programs={})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads, or MarigoldDepthPipeline for depth.
@@ -136,8 +144,12 @@ class Pipeline:
         Of pictures the scheduler becomes an EulerDiscreteScheduler with the same noise schedule: on
         `sampling.diffusers_sigmas(grid)` its steps are this pipeline's Euler steps (if exactly aligned). Of depth it
         becomes a DDIMScheduler. Replaces an earlier pipeline there; raises InputError for a folder that holds anything
-        else.
+        else, and for adapters that depend on the picture, which no such folder holds.
         """
+        if self.adapters:
+            raise InputError(
+                "adapters that depend on the picture are in no diffusers folder; keep the base and their file"
+            )
         side = self.unet.config.sample_size
         resolution = None if side is None else side * self.vae.config.downsampling
 
@@ -306,7 +318,8 @@ class Pipeline:
         at_noise = self.task.start == "noise"
         grid = how.grid(self.schedule, self.alignment, self.scheduler_config, num_steps, at_noise=at_noise)
         networks = (nnx.state(network) for network in (self.unet, self.vae, self.text_encoder))
-        return np.asarray(self._programs[kind](*networks, *rows, grid, np.array(guidance, np.float32)))[:count]
+        given = (*networks, self.adapters, *rows, grid, np.array(guidance, np.float32))
+        return np.asarray(self._programs[kind](*given))[:count]
 
     def _require(self, *, of_pictures: bool) -> None:
         if self.task.of_pictures != of_pictures:

@@ -32,12 +32,14 @@ def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen
     unet, vae, text_encoder = (nnx.state(network) for network in (prior.unet, prior.vae, prior.text_encoder))
     if not config.lora.enabled:
         return networks(prior, config.remat), steps.Frozen(None, vae, text_encoder), unet
-    trained = lora.init(unet, jax.random.key(config.seed), lora_targets(config))
+    trained = lora.init(unet, jax.random.key(config.seed), lora_targets(config, prior.vae.config.latent_channels))
     return networks(prior, config.remat), steps.Frozen(unet, vae, text_encoder), trained
 
 
-def lora_targets(config: Config) -> lora.Targets:
-    return lora.Targets(**{name: config.lora[name] for name in config.lora if name not in ("enabled", "scale")})
+def lora_targets(config: Config, condition_channels: int) -> lora.Targets:
+    """Adapters that see the picture are given its latent, of so many channels."""
+    given = {name: config.lora[name] for name in config.lora if name not in ("enabled", "scale")}
+    return lora.Targets(**given, condition_channels=condition_channels if config.task.adapters else 0)
 
 
 def networks(prior: Pipeline, remat: Remat) -> steps.Networks:
@@ -66,10 +68,10 @@ def hollow(pipeline: Pipeline) -> Pipeline:
     return dataclasses.replace(pipeline, **networks)
 
 
-def filled(pipeline: Pipeline, unet: nnx.State, frozen: steps.Frozen, image_size: int) -> Pipeline:
+def filled(pipeline: Pipeline, unet: steps.UNetParams, frozen: steps.Frozen, image_size: int) -> Pipeline:
     """A hollow pipeline with parameters in it again, the UNet's trained at `image_size`; compiled programs stay."""
-    params = {"unet": unet, "vae": frozen.vae, "text_encoder": frozen.text_encoder}
+    params = {"unet": unet.merged, "vae": frozen.vae, "text_encoder": frozen.text_encoder}
     networks = {name: nnx.merge(nnx.graphdef(getattr(pipeline, name)), state) for name, state in params.items()}
     sample_size = image_size // pipeline.vae.config.downsampling
     networks["unet"].config = dataclasses.replace(networks["unet"].config, sample_size=sample_size)
-    return dataclasses.replace(pipeline, **networks)
+    return dataclasses.replace(pipeline, **networks, adapters=unet.adapters)

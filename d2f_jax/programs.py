@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2f_jax import sampling, sharding
+from d2f_jax import lora, sampling, sharding
 from d2f_jax.alignment import Alignment
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
@@ -57,11 +57,13 @@ def make_program(
 def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
     """Parameters, token ids, noise, keys, grid and guidance to latents as the UNet sees them; "invert" images to noise.
 
-    `(unet, vae, text_encoder, ids_BxL, negative_BxL, start, keys_Bx2, pictures, grid, (scale, rescale))`; parameters
-    are states, `pictures` uint8 [B, H, W, 3] what depth is made of, else None.
+    `(unet, vae, text_encoder, adapters, ids_BxL, negative_BxL, start, keys_Bx2, pictures, grid, (scale, rescale))`;
+    parameters are states, `pictures` uint8 [B, H, W, 3] what depth is made of, else None.
     """
 
-    def latents(unet_state, vae_state, text_state, ids_BxL, negative_BxL, start, keys, pictures, grid, guidance):
+    def latents(
+        unet_state, vae_state, text_state, adapters, ids_BxL, negative_BxL, start, keys, pictures, grid, guidance
+    ):
         unet, encode_text = nnx.merge(model.unet, unet_state), nnx.merge(model.text_encoder, text_state)
         text_BxLxD = encode_text(jnp.concatenate([negative_BxL, ids_BxL]) if guided else ids_BxL)
 
@@ -70,6 +72,7 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
             return nnx.merge(model.vae, vae_state).encode(pixels).mean * model.latent_scale
 
         picture = None if pictures is None else encode(pictures)
+        lora.attach(unet, adapters, scale=1.0, condition=picture)
 
         def predict(dm_x: jax.Array, tau: jax.Array) -> jax.Array:
             tau_B = jnp.broadcast_to(tau, dm_x.shape[:1])

@@ -100,7 +100,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
         root = jax.random.key(config.seed)
         noise, keys = jax.vmap(drawn)(index_B)
         guidance = np.array((wanted.guidance_scale, 0.0), np.float32)
-        latents = compute(*params, ids_BxL, negative_BxL, noise, keys, None, grid, guidance)
+        latents = compute(*params, {}, ids_BxL, negative_BxL, noise, keys, None, grid, guidance)
         return {"noise": noise, "latent_mean": latents / scale, "text_states": nnx.merge(text_def, params[2])(ids_BxL)}
 
     def encode(rows: Sequence[Row]) -> dict[str, jax.Array]:

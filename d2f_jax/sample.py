@@ -20,7 +20,6 @@ from d2f_jax.pipeline import Pipeline
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.sde import SDE, Form, LastStep
 from d2f_jax.subjects import shown
-from d2f_jax.task import Task
 
 _MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id, or the embedded tiny-sd.")
 _LORA = flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
@@ -92,10 +91,8 @@ def main() -> None:
         dtype=_DTYPE.value,
         alignment=Alignment(convention=convention) if convention else None,
     )
-    if _LORA.value is not None:  # adapters that learned depth are of a network that was widened for it
-        pipeline = (pipeline.for_task(Task("image_to_depth")) if picture is not None else pipeline).with_lora(
-            _LORA.value
-        )
+    if _LORA.value is not None:
+        pipeline = pipeline.with_lora(_LORA.value)
     if picture is not None:
         depth = pipeline.depth(
             picture,

@@ -115,6 +115,8 @@ def check(config: Config, mesh: Mesh) -> None:
             f"config.task.start={task.start}: diffusion, and DDIM, start at noise; use diff2flow or flow_matching, and "
             "a config.eval.sampler of the flow's"
         )
+    if task.adapters and not (config.lora.enabled and (config.lora.conv_rank or config.lora.conv_ratio)):
+        raise InputError("config.task.adapters=True without adapters of convolutions; use :lora_base, or set conv_rank")
     eval_sampler(config)
     reflow_sampler(config)
     for group in _LORA_GROUPS:

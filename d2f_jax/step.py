@@ -97,25 +97,39 @@ def init_state(trained: Any, optimizer: optax.GradientTransformation, root_key: 
     return TrainState(zeros[0], trained, jax.tree.map(jnp.copy, trained), optimizer.init(trained), root_key, *zeros[1:])
 
 
-def unet_params(trained: Any, base: nnx.State | None, lora_scale: float) -> nnx.State:
-    """The UNet's parameters: `trained` themselves, or `base` with them merged in as adapters."""
-    return trained if base is None else lora.merge(base, trained, scale=lora_scale)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UNetParams:
+    """The UNet's parameters, and adapters that are no change of them because they depend on the picture."""
+
+    merged: nnx.State
+    adapters: dict[str, lora.Adapter]
+
+
+def unet_params(trained: Any, base: nnx.State | None, lora_scale: float) -> UNetParams:
+    """`trained` themselves, or `base` with them merged in as adapters."""
+    if base is None:
+        return UNetParams(trained, {})
+    plain, conditional = lora.split(trained, scale=lora_scale)
+    return UNetParams(lora.merge(base, plain, scale=lora_scale), conditional)
 
 
 def make_loss(
     networks: Networks, schedule: NoiseSchedule, options: StepOptions, mesh: Mesh
-) -> Callable[[nnx.State, Frozen, Batch, Draws], jax.Array]:
+) -> Callable[[UNetParams, Frozen, Batch, Draws], jax.Array]:
     """`loss(unet_params, frozen, batch, draws) -> [B]`, with parameters gathered inside: gradients come back split."""
 
-    def whole(params: nnx.State) -> nnx.State:
+    def whole(params: Tree) -> Tree:
         return sharding.gathered(mesh, in_compute_dtype(params, options.compute_dtype))
 
-    def loss(params: nnx.State, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
-        unet = nnx.merge(networks.unet, whole(params))
+    def loss(params: UNetParams, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
+        params = whole(params)
+        unet = nnx.merge(networks.unet, params.merged)
         found = encoded(networks, frozen, batch, whole)
         x_1 = (found.mean + found.std * draws.posterior_noise) * options.latent_scale
         picture = None if found.picture is None else found.picture * options.latent_scale
         x_0 = options.task.source(draws.x_0, picture)
+        lora.attach(unet, params.adapters, scale=1.0, condition=picture)
 
         def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
             return unet(options.task.network_input(dm_x, picture), tau_B, found.text_states)

@@ -22,13 +22,15 @@ Start = Literal["noise", "image"]
 class Task:
     """Of "image_to_depth" the picture's latent stands before the network's input (Marigold, arXiv 2312.02145).
 
-    That is `concatenate`. A flow may `start` at noise or at the picture's latent, brought towards noise by
-    `start_noise`: from 0, the latent itself, along the cosine schedule to 1, noise alone (the "noised data" of
-    Diff2Flow's published code). Raises InputError for what does not go together.
+    That is `concatenate`. With `adapters` the low-rank adapters of convolutions see it, too or instead (LoRAdapter,
+    arXiv 2405.07913; `d2f_jax.lora.Conditional`). A flow may `start` at noise or at the picture's latent, brought
+    towards noise by `start_noise`: from 0, the latent itself, along the cosine schedule to 1, noise alone (the "noised
+    data" of Diff2Flow's published code). Raises InputError for what does not go together.
     """
 
     name: Name = "text_to_image"
     concatenate: bool = True
+    adapters: bool = False
     start: Start = "noise"
     start_noise: float = 0.0
 
@@ -42,9 +44,11 @@ class Task:
             raise InputError(
                 f"task start_noise={self.start_noise} is of start='image'; leave it 0 for a start at noise"
             )
-        if not self.of_pictures and (self.start != "noise" or not self.concatenate):
-            raise InputError("task text_to_image has no picture to start at, and concatenates none; leave it as it is")
-        if self.of_pictures and self.start == "noise" and not self.concatenate:
+        if not self.of_pictures and (self.start != "noise" or not self.concatenate or self.adapters):
+            raise InputError(
+                "task text_to_image has no picture to start at, concatenate or adapt to; leave it as it is"
+            )
+        if self.of_pictures and self.start == "noise" and not (self.concatenate or self.adapters):
             raise InputError("task image_to_depth would not see the picture; concatenate it, or start at it")
 
     @property

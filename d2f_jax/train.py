@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
@@ -237,17 +236,27 @@ def loop(
 
 
 def export(
-    config: Config, pipeline: Pipeline, unet: nnx.State, frozen: steps.Frozen, adapters: Any, workdir: Path
+    config: Config, pipeline: Pipeline, unet: steps.UNetParams, frozen: steps.Frozen, adapters: Any, workdir: Path
 ) -> None:
-    """Writes the result as a diffusers folder, and adapters by themselves too, in the main process."""
+    """Writes the result as a diffusers folder, and adapters by themselves too, in the main process.
+
+    Adapters that depend on the picture exist by themselves alone.
+    """
     if distributed.is_main():
-        prior.filled(pipeline, unet, frozen, config.data.image_size).save_pretrained(workdir / "export")
+        if not unet.adapters:
+            prior.filled(pipeline, unet, frozen, config.data.image_size).save_pretrained(workdir / "export")
+            print(f"export:   {workdir / 'export'} (a diffusers folder)")
         if frozen.unet is not None:
             scale, folder = config.lora.scale, workdir / "lora"
-            lora_files.save(folder / "adapters.safetensors", adapters, prior.lora_targets(config), scale=scale)
-            beside = lora_files.export(folder / "pytorch_lora_weights.safetensors", adapters, frozen.unet, scale=scale)
-            if beside is not None:
-                print(f"biases and norms that were trained are no LoRA, and stand in {beside}")
+            targets = prior.lora_targets(config, pipeline.vae.config.latent_channels)
+            file = folder / "adapters.safetensors"
+            lora_files.save(file, adapters, targets, scale=scale, task=pipeline.task, alignment=pipeline.alignment)
+            print(f"adapters: {file}")
+            if not unet.adapters:
+                file = folder / "pytorch_lora_weights.safetensors"
+                beside = lora_files.export(file, adapters, frozen.unet, scale=scale)
+                if beside is not None:
+                    print(f"biases and norms that were trained are no LoRA, and stand in {beside}")
     distributed.barrier("exported")
 
 
@@ -290,7 +299,7 @@ def finish(
         table = comparison.table(compared)
         (workdir / "scores.md").write_text(table)
         print(f"\n{config.data.image_size} pixels, {len(examples)} samples:\n\n{table}")
-    print(f"pictures: {samples / 'before_and_after.png'}\nexport:   {workdir / 'export'} (a diffusers folder)")
+    print(f"pictures: {samples / 'before_and_after.png'}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from d2f_jax import sharding
 from d2f_jax import step as steps
 
 BINS = 8
-ValidationLoss = Callable[[nnx.State, steps.Frozen, steps.Batch, np.ndarray], jax.Array]
+ValidationLoss = Callable[[steps.UNetParams, steps.Frozen, steps.Batch, np.ndarray], jax.Array]
 
 
 def make_validation_loss(
-    loss: Callable[[nnx.State, steps.Frozen, steps.Batch, steps.Draws], jax.Array],
+    loss: Callable[[steps.UNetParams, steps.Frozen, steps.Batch, steps.Draws], jax.Array],
     networks: steps.Networks,
     mesh: Mesh,
     seed: int,
@@ -27,7 +26,9 @@ def make_validation_loss(
     depend on the seed and its `index` alone: two evaluations differ by the network, never by chance.
     """
 
-    def validation_loss(params: nnx.State, frozen: steps.Frozen, batch: steps.Batch, index_B: np.ndarray) -> jax.Array:
+    def validation_loss(
+        params: steps.UNetParams, frozen: steps.Frozen, batch: steps.Batch, index_B: np.ndarray
+    ) -> jax.Array:
         shape = steps.latent_shape(networks, frozen, batch)[1:]
 
         def of_bin(i: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ def make_validation_loss(
 
 def evaluate(
     validation_loss: ValidationLoss,
-    params: nnx.State,
+    params: steps.UNetParams,
     *,
     frozen: steps.Frozen,
     batches: Sequence[tuple[steps.Batch, np.ndarray]],

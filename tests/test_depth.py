@@ -131,7 +131,7 @@ def test_the_loss_does_not_look_where_nothing_is_known(model: Path) -> None:
     def loss(mean: jax.Array, valid: np.ndarray) -> jax.Array:
         batch = {"picture_mean": twins.random(2, 8, 8, 4), "valid": jnp.asarray(valid)}
         batch |= {"input_ids": np.zeros((2, 2), np.int32), "latent_mean": mean}
-        blind = jax.tree.map(jnp.zeros_like, unet)  # or it would see known depth beside unknown
+        blind = steps.UNetParams(jax.tree.map(jnp.zeros_like, unet), {})  # or it would see known depth beside unknown
         return jnp.sum(mean_loss(blind, frozen, batch, draws))
 
     valid = np.ones((2, 8, 8), bool)
@@ -227,9 +227,35 @@ def test_other_ways_to_learn_it(arg: str, changes: dict[str, Any], model: Path, 
         with pytest.raises(InputError, match="sampler='ddim' starts at noise, this model's flow at the picture"):
             export.depth(pictures(1), sampler="ddim")
     if "lora" in arg:
-        again = Pipeline.from_pretrained(model).for_task(DEPTH).with_lora(tmp_path / "lora" / "adapters.safetensors")
+        again = Pipeline.from_pretrained(model).with_lora(tmp_path / "lora" / "adapters.safetensors")
         found, wanted = (p.depth(pictures(1), num_steps=2, seed=1) for p in (again, export))
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_adapters_that_see_the_picture(model: Path, tmp_path: Path) -> None:
+    """They alone tell what the picture is: nothing is concatenated, and nothing could be merged."""
+    changes = {"task.adapters": True, "task.concatenate": False, "train.learning_rate": 0.01, "train.warmup_steps": 0}
+    train.train(shrunk(model, "diff2flow:lora_base", **changes), tmp_path)
+    assert not (tmp_path / "export").exists() and not (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+    trained = load_file(tmp_path / "lora" / "adapters.safetensors")
+    assert all(trained[name].any() for name in trained if name.endswith((".b", ".gamma", ".beta")))
+    pipeline = Pipeline.from_pretrained(model).with_lora(tmp_path / "lora" / "adapters.safetensors")
+    assert pipeline.task == Task("image_to_depth", concatenate=False, adapters=True)
+    noise = jnp.asarray(twins.random(1, 8, 8, 4))
+    one, other, spread = (
+        p.depth(images, num_steps=1, noise=noise)
+        for p, images in (
+            (pipeline, pictures(1)),
+            (pipeline, 255 - pictures(1)),
+            (pipeline.on_mesh(sharding.make_mesh()), pictures(1)),
+        )
+    )
+    assert np.abs(one - other).max() > 1e-4
+    np.testing.assert_allclose(spread, one, atol=1e-5)
+    with pytest.raises(InputError, match="adapters that depend on the picture are in no diffusers folder"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"config.task.adapters=True without adapters of convolutions"):
+        train.train(shrunk(model, "diff2flow:lora", **changes), tmp_path / "none")
 
 
 def test_training_on_prepared_depth_is_training_on_pictures(model: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What the UNet and the VAE are built of."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from d2f_jax.models.attention import attention
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Build:
         return LayerNorm(width, eps, self)
 
 
-def in_compute_dtype(params: nnx.State, dtype: DTypeLike) -> nnx.State:
+def in_compute_dtype(params: Tree, dtype: DTypeLike) -> Tree:
     """Kernels in `dtype`, as their layers would cast them; done before they are sent between devices, it halves that.
 
     Norms, and the embedding of the timestep, compute in float32: theirs stay.
