@@ -49,7 +49,7 @@ def recorded_alignment(scheduler_config: Mapping[str, Any]) -> Alignment:
     return _recorded(scheduler_config, _ALIGNMENT, Alignment, ALIGNED)
 
 
-def recorded_task(scheduler_config: Mapping[str, Any], inputs: int) -> Task:
+def recorded_task(scheduler_config: Mapping[str, Any], inputs: float) -> Task:
     """What an export says of its task; of other checkpoints those of two `inputs` make depth, as Marigold's do."""
     return _recorded(scheduler_config, _TASK, Task, Task("image_to_depth") if inputs == 2 else TEXT_TO_IMAGE)
 

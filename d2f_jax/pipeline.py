@@ -72,7 +72,7 @@ class Pipeline:
         text_encoder = weights.load_text_encoder(path_or_hub_id, **options)
         tokenizer = weights.load_tokenizer(path_or_hub_id, revision=revision)
         channels = vae.config.latent_channels
-        recorded = export.recorded_task(scheduler_config, unet.config.in_channels // channels)
+        recorded = export.recorded_task(scheduler_config, unet.config.in_channels / channels)
         for what, takes, given, gives in (
             ("channels", unet.config.in_channels, "VAE", recorded.inputs * channels),
             ("text features", unet.config.cross_attention_dim, "text encoder", text_encoder.config.hidden_size),

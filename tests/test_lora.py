@@ -86,7 +86,7 @@ def params_of(unet: nnx.Module) -> nnx.State:
 def test_the_presets_train_what_the_papers_do_on_stable_diffusion_2(
     preset: str, millions: str, parameters: int
 ) -> None:
-    trained = shapes("2.1", prior.lora_targets(quickstart.get_config(preset)))
+    trained = shapes("2.1", prior.lora_targets(quickstart.get_config(preset), 4))
     assert count(trained) == parameters and f"{parameters / 1e6:.1f}" == millions
     full = {path for path, entry in trained.items() if not isinstance(entry, Adapter)}
     leaves = ("conv_in.kernel", "conv_in.bias", "conv_out.kernel", "conv_out.bias")

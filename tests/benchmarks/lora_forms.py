@@ -56,7 +56,7 @@ REPEATS = 5
 def targets(preset: str, config: UNetConfig) -> lora.Targets:
     """The preset's, with its ranks in proportion to the width."""
     share = config.block_out_channels[0] / FULL.block_out_channels[0]
-    knobs = vars(prior.lora_targets(quickstart.get_config(preset)))
+    knobs = vars(prior.lora_targets(quickstart.get_config(preset), 4))
     return lora.Targets(**{k: int(v * share) if k.endswith("_rank") else v for k, v in knobs.items()})
 
 
