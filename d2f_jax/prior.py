@@ -29,11 +29,31 @@ def load(config: Config) -> Pipeline:
 
 def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:
     """The networks' structure, the parameters that stay, and those that are trained."""
-    unet, vae, text_encoder = (nnx.state(network) for network in (prior.unet, prior.vae, prior.text_encoder))
+    states = (nnx.state(network) for network in (prior.unet, prior.vae, prior.text_encoder))
+    return networks(prior, config.remat), *parameters(config, prior.vae.config.latent_channels, *states)
+
+
+def parameters(
+    config: Config, latent_channels: int, unet: nnx.State, vae: nnx.State, text_encoder: nnx.State
+) -> tuple[steps.Frozen, Any]:
+    """Those that stay, and those that are trained."""
     if not config.lora.enabled:
-        return networks(prior, config.remat), steps.Frozen(None, vae, text_encoder), unet
-    trained = lora.init(unet, jax.random.key(config.seed), lora_targets(config, prior.vae.config.latent_channels))
-    return networks(prior, config.remat), steps.Frozen(unet, vae, text_encoder), trained
+        return steps.Frozen(None, vae, text_encoder), unet
+    trained = lora.init(unet, jax.random.key(config.seed), lora_targets(config, latent_channels))
+    return steps.Frozen(unet, vae, text_encoder), trained
+
+
+def step_options(config: Config, pipeline: Pipeline) -> steps.StepOptions:
+    return steps.StepOptions(
+        latent_scale=pipeline.vae.config.scaling_factor,
+        lora_scale=config.lora.scale,
+        objective=make_objective(config),
+        task=pipeline.task,
+        compute_dtype=config.compute_dtype,
+        ema_decay=config.train.ema_decay,
+        ema_start=config.train.ema_start,
+        accumulate=config.train.accumulate,
+    )
 
 
 def lora_targets(config: Config, condition_channels: int) -> lora.Targets:

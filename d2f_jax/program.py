@@ -51,11 +51,15 @@ def _guarded(main: Callable[[], None]) -> int:
         return _told(RuntimeError(f"{type(error).__name__} in {place}: {hint}"), 1)
 
 
+def cache_folder() -> Path:
+    """Where what took long to find out is kept for the next start."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "d2f_jax")
+
+
 def _keep_compiled() -> None:
     """What was compiled once is found again by the next start, unless JAX_COMPILATION_CACHE_DIR names another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache, "d2f_jax", "compiled")))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def _exit(code: int) -> None:

@@ -96,7 +96,13 @@ _FREE = (
 
 
 def check(config: Config, mesh: Mesh) -> None:
-    """Raises InputError for a value that no run can have."""
+    """Raises InputError for a value that no run can have, and for a batch that the mesh does not divide."""
+    check_values(config)
+    sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
+
+
+def check_values(config: Config) -> None:
+    """Raises InputError for a value that no run can have, wherever it runs."""
     values = flat(config.to_dict())
     for name, allowed in _CHOICES.items():
         if values[f"config.{name}"] not in allowed:
@@ -136,7 +142,6 @@ def check(config: Config, mesh: Mesh) -> None:
         raise InputError(f"config.data.sources={sources}: give one or more, such as image_folder:FOLDER")
     if weights and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
         raise InputError(f"config.data.weights={weights}: give a positive number for each of {len(sources)} sources")
-    sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
 
 
 def make_objective(config: Config) -> objectives.Objective:
@@ -166,6 +171,23 @@ def make_objective(config: Config) -> objectives.Objective:
 def make_task(config: Config) -> Task:
     """Raises InputError as Task does."""
     return Task(**config.task.to_dict())
+
+
+def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
+    train = config.train
+    return optim.OptimizerOptions(
+        name=train.optimizer,
+        learning_rate=train.learning_rate,
+        schedule=train.schedule,
+        warmup_steps=train.warmup_steps,
+        num_steps=train.num_steps,
+        final_rate=train.final_rate,
+        b1=train.b1,
+        b2=train.b2,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        first_moment_dtype=train.first_moment_dtype,
+    )
 
 
 def eval_sampler(config: Config) -> Sampler:

@@ -41,7 +41,7 @@ from d2f_jax.datasets import Data
 from d2f_jax.errors import InputError, Preempted
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.settings import check, claim, eval_sampler, make_objective
+from d2f_jax.settings import check, claim, eval_sampler, make_optimizer_options
 from d2f_jax.watch import Insight, Watch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of configs/, with :arg where it takes one.")
@@ -72,7 +72,7 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
         )
     plain_networks = prior.networks(pipeline, "none")
     networks, frozen, trained = prior.split(pipeline, config)
-    optimizer_options, options = make_optimizer_options(config), step_options(config, pipeline)
+    optimizer_options, options = make_optimizer_options(config), prior.step_options(config, pipeline)
     optimizer = optim.make_optimizer(optimizer_options)
     step = steps.make_train_step(networks, pipeline.schedule, optimizer, options, mesh)
     plain_options = dataclasses.replace(options, accumulate=1)
@@ -113,36 +113,6 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
             before, after = prior.load(config).on_mesh(mesh), insight.pipeline(params)
             finish(config, workdir, before, after, data, writer, preemption)
     distributed.barrier("finished")
-
-
-def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
-    train = config.train
-    return optim.OptimizerOptions(
-        name=train.optimizer,
-        learning_rate=train.learning_rate,
-        schedule=train.schedule,
-        warmup_steps=train.warmup_steps,
-        num_steps=train.num_steps,
-        final_rate=train.final_rate,
-        b1=train.b1,
-        b2=train.b2,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        first_moment_dtype=train.first_moment_dtype,
-    )
-
-
-def step_options(config: Config, pipeline: Pipeline) -> steps.StepOptions:
-    return steps.StepOptions(
-        latent_scale=pipeline.vae.config.scaling_factor,
-        lora_scale=config.lora.scale,
-        objective=make_objective(config),
-        task=pipeline.task,
-        compute_dtype=config.compute_dtype,
-        ema_decay=config.train.ema_decay,
-        ema_start=config.train.ema_start,
-        accumulate=config.train.accumulate,
-    )
 
 
 def tell_unsplit(mesh: Mesh, trained: Any) -> None:

@@ -147,6 +147,11 @@ class Tokenize:
         return ids.astype(np.int32)
 
 
+def load_config(path_or_hub_id: str | Path, component: str, *, revision: str | None = None) -> dict[str, Any]:
+    """A component's `config.json`, of which no weights are needed or fetched."""
+    return _read_json(component_folder(path_or_hub_id, component, revision=revision, weights=False) / "config.json")
+
+
 def load_scheduler_config(path_or_hub_id: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's `scheduler/scheduler_config.json`."""
     return _read_json(component_folder(path_or_hub_id, "scheduler", revision=revision) / "scheduler_config.json")
@@ -188,15 +193,22 @@ def swap_layout(path: tuple[Any, ...], array: np.ndarray, *, to_torch: bool) -> 
 
 
 def component_folder(
-    path_or_hub_id: str | Path, component: str, *, variant: str | None = None, revision: str | None = None
+    path_or_hub_id: str | Path,
+    component: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
 ) -> Path:
     """The local folder of a pipeline's component: given as it is, inside a given pipeline's folder, or from the hub.
 
-    A model that is no pipeline is the component "". Raises InputError if there is none.
+    A model that is no pipeline is the component "". `weights=False` fetches none from the hub. Raises InputError if
+    there is none.
     """
     root = TINY_SD if path_or_hub_id == "tiny-sd" else Path(path_or_hub_id)
     if not root.is_dir():
-        root = _download(str(path_or_hub_id), component, variant, revision)
+        stems = (_DIFFUSERS, _TRANSFORMERS) if weights else ()
+        root = _download(str(path_or_hub_id), component, stems, variant, revision)
     if (root / component).is_dir():
         return root / component
     if (root / "config.json").is_file():
@@ -204,10 +216,10 @@ def component_folder(
     raise InputError(f"{root} holds no {component}/ and no config.json; give a diffusers folder")
 
 
-def _download(hub_id: str, component: str, variant: str | None, revision: str | None) -> Path:
-    """Only the files of this component and variant."""
+def _download(hub_id: str, component: str, stems: Sequence[str], variant: str | None, revision: str | None) -> Path:
+    """Only the files of this component and variant; of weights, those whose names begin with one of `stems`."""
     names = ["*.json", "*.txt"]
-    for stem in (_DIFFUSERS, _TRANSFORMERS):
+    for stem in stems:
         names += (
             [f"{stem}.{variant}*.safetensors"] if variant else [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"]
         )

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from d2f_jax import optim, prior, sharding, train
+from d2f_jax import optim, prior, settings, sharding, train
 from d2f_jax.checkpoint import Checkpoints
 from d2f_jax.step import TrainState
 
@@ -65,7 +65,7 @@ def like(folder: Path) -> TrainState:
     """A state of this run on one device, to read others into."""
     of_one = config(folder, 1)
     _, frozen, trained = prior.split(prior.load(of_one), of_one)
-    optimizer = optim.make_optimizer(train.make_optimizer_options(of_one))
+    optimizer = optim.make_optimizer(settings.make_optimizer_options(of_one))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return prior.place(mesh, trained, frozen, optimizer, jax.random.key(0))[0]
 
