@@ -10,11 +10,11 @@ LAYERS = [
     {"errors"},
     {"schedule", "flow", "alignment", "sampling", "sde", "sampler"},
     {"models", "lora", "task"},
-    {"chips", "distributed", "objectives", "optim", "sharding", "step", "validation"},
-    {"checkpoint", "data", "lora_files", "metrics", "report", "weights"},
+    {"chips", "distributed", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
+    {"checkpoint", "data", "lora_files", "metrics", "oracle", "report", "weights"},
     {"ensemble", "export", "pipeline", "programs"},
     {"comparison", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
-    | {"settings", "subjects", "train", "watch"},
+    | {"blueprint", "forecast", "plan", "settings", "subjects", "train", "watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

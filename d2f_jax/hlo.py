@@ -1,0 +1,188 @@
+"""The text of an optimised program (`compiled.as_text()`): its arrays, its instructions, and how often they run."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "async-update", "domain"}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """`size` is in bytes, `padded` what its layout's tiles take, `space` its memory, of which 0 is HBM."""
+
+    dims: tuple[int, ...]
+    size: int
+    padded: int
+    space: int
+
+    @property
+    def hbm(self) -> int:
+        """Bytes of HBM; those of single numbers, such as a loop's counter, are not worth counting."""
+        return 0 if self.space or not self.dims else self.padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str  # behind the opening parenthesis
+    root: bool
+
+    def attribute(self, name: str, value: str = r"=%?([\w.\-]+)") -> str | None:
+        found = re.search(rf"\b{name}{value}", self.text)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    computations: dict[str, Computation]
+    entry: str
+    devices: int
+
+
+def parse(text: str) -> Program:
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            root, name, shape, opcode, rest = match.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
+            current[name] = Instruction(name, opcode, arrays(shape), operands, rest, bool(root))
+    devices = re.search(r"num_partitions=(\d+)", text)
+    return Program(computations, entry, int(devices[1]) if devices else 1)
+
+
+def arrays(shape: str) -> tuple[Array, ...]:
+    """Of a type's text, such as `f32[8,320]{1,0:T(8,128)S(1)}` or a tuple of them."""
+    return tuple(_array(*found) for found in _ARRAY.findall(shape))
+
+
+def runs(program: Program, unknown_trips: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
+    """Every instruction that works, the computation it stands in, and how often it runs.
+
+    Loops whose length the text does not tell run `unknown_trips` times; of a conditional every branch counts.
+    """
+    return _runs(program, program.entry, 1, unknown_trips)
+
+
+def trips(program: Program, within: Computation, loop: Instruction) -> int | None:
+    """How often a `while` runs: as XLA says, or up to a constant where it counts by one, as all loops of JAX do."""
+    if known := loop.attribute("known_trip_count", r'"?:\{"?n"?:"?(\d+)'):
+        return int(known)
+    condition = program.computations[loop.attribute("condition") or ""]
+    test = next(each for each in condition.values() if each.root)
+    if test.opcode != "compare" or "direction=LT" not in test.text:
+        return None
+    first, last = (_constant(condition, condition[name], within, loop) for name in test.operands)
+    return None if first is None or last is None else max(last - first, 0)
+
+
+def inside(program: Program, of: Computation, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+    """The instruction, or all that a fusion is made of."""
+    if instruction.opcode == "fusion":
+        called = program.computations[instruction.attribute("calls") or ""]
+        for each in called.values():
+            yield from inside(program, called, each)
+    else:
+        yield of, instruction
+
+
+def flops(of: Computation, instruction: Instruction) -> int:
+    """Two for each multiplication with what is not padding."""
+    if instruction.opcode == "dot":
+        left = of[instruction.operands[0]].results[0].dims
+        contracted = (instruction.attribute("lhs_contracting_dims", r"=\{([\d,]*)\}") or "").split(",")
+        return 2 * math.prod(instruction.results[0].dims) * math.prod(left[int(i)] for i in contracted if i)
+    if instruction.opcode != "convolution":
+        return 0
+    left, right = (of[name].results[0].dims for name in instruction.operands)
+    out = instruction.results[0].dims
+    labels = re.split("_|->", instruction.attribute("dim_labels", r"=([\w?>\-]+)") or "")
+    window = instruction.attribute("window", r"=\{([^}]*)\}") or ""
+    values = dict(part.split("=") for part in window.split())
+    total = 2 * out[labels[2].index("b")] * out[labels[2].index("f")] * right[labels[1].index("i")]
+    for k in range(len(left) - 2):
+
+        def at(name: str, default: str, k: int = k) -> str:
+            return values[name].split("x")[k] if name in values else default
+
+        before = int(at("pad", "0_0").split("_")[0])
+        dilation = int(at("lhs_dilate", "1")), int(at("rhs_dilate", "1"))
+        sides = left[labels[0].index(str(k))], right[labels[1].index(str(k))], out[labels[2].index(str(k))]
+        total *= _pairs(*sides, int(at("stride", "1")), before, *dilation)
+    return total
+
+
+def _array(kind: str, bits: str, sides: str, layout: str) -> Array:
+    dims = tuple(map(int, filter(None, sides.split(","))))
+    order, _, memory = layout.partition(":")
+    padded = [dims[int(i)] for i in filter(None, order.split(","))] or list(reversed(dims))
+    # The first tile pads the minor dimensions; a second one, (2,1) of half precision, orders what is inside.
+    if tile := re.search(r"T\(([\d,]+)\)", memory):
+        for k, side in enumerate(map(int, reversed(tile[1].split(",")))):
+            if k < len(padded):
+                padded[k] = -(-padded[k] // side) * side
+    space = re.search(r"S\((\d+)\)", memory)
+    width = max(int(bits or 8), 8) // 8
+    return Array(dims, width * math.prod(dims), width * math.prod(padded), int(space[1]) if space else 0)
+
+
+def _constant(of: Computation, value: Instruction, within: Computation, loop: Instruction) -> int | None:
+    """The integer that an instruction of a loop's condition is; what the loop carries has its first value."""
+    while value.opcode in ("copy", "bitcast", "convert"):
+        value = of[value.operands[0]]
+    if value.opcode == "constant" and (number := re.match(r"-?\d+", value.text)):
+        return int(number[0])
+    start = within[loop.operands[0]]
+    if value.opcode == "get-tuple-element" and of is not within and start.opcode == "tuple":
+        carried = start.operands[int(value.attribute("index") or 0)]
+        return _constant(within, within[carried], within, loop)
+    return None
+
+
+def _runs(program: Program, name: str, times: int, unknown: int) -> Iterator[tuple[Computation, Instruction, int]]:
+    computation = program.computations[name]
+    for instruction in computation.values():
+        match instruction.opcode:
+            case "while":
+                count = trips(program, computation, instruction)
+                body = instruction.attribute("body") or ""
+                yield from _runs(program, body, times * (unknown if count is None else count), unknown)
+            case "call" | "async-start":
+                called = instruction.attribute("(?:to_apply|calls)") or ""
+                yield from _runs(program, called, times, unknown)
+            case "conditional":
+                for branch in re.findall(r"%([\w.\-]+)", instruction.text.partition(")")[2].partition(", metadata")[0]):
+                    yield from _runs(program, branch, times, unknown)
+            case opcode if opcode not in FREE and not opcode.endswith("-done"):
+                yield computation, instruction, times
+
+
+@functools.cache
+def _pairs(left: int, right: int, out: int, stride: int, before: int, left_step: int, right_step: int) -> int:
+    """Pairs of an output's and a kernel's place, along one axis, that meet an input which is there."""
+    total = 0
+    for k in range(right):
+        offset = k * right_step - before  # of the input that the first output meets, as dilated
+        period = left_step // math.gcd(stride, left_step)
+        first = next((o for o in range(period) if (o * stride + offset) % left_step == 0), None)
+        if first is not None:
+            low = max(first, -(-(-offset - first * stride) // (period * stride)) * period + first)
+            high = min(out - 1, ((left - 1) * left_step - offset) // stride)
+            total += max(0, (high - low) // period + 1)
+    return total
