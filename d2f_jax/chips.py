@@ -1,20 +1,44 @@
-"""What chips can do at most, for saying how much of it a run uses."""
+"""What chips can do at most, for saying how much of it a run uses, or will need."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-# Dense bfloat16 TFLOP/s of one JAX device, by the vendors' data sheets. A TPU v4, v5p or v7x chip is one device on
-# v4 and v5p, and two devices on v7x.
-_PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "TPU7x": 1153.5,
+
+@dataclasses.dataclass(frozen=True)
+class TPU:
+    """A generation of chips: per chip dense bfloat16 TFLOP/s, GiB and GB/s of HBM, and links to its neighbours.
+
+    `ici` is GB/s in one direction over all `links` together. `devices` are JAX's on one chip, each of which
+    `usable_gib` of HBM are left to by the compiler. `options` make a topology of such devices.
+    """
+
+    kinds: tuple[str, ...]
+    tflops: float
+    hbm_gib: float
+    hbm: float
+    ici: float
+    links: int
+    usable_gib: float
+    devices: int = 1
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+# https://docs.cloud.google.com/tpu/docs/ with v4, v5e, v5p, v6e and tpu7x behind it, as of November 2026; ICI is half
+# of what it calls bidirectional. It tells none for v4, whose paper (arXiv 2304.01433) has six links of 50 GB/s. What is
+# usable the compiler says when a program is too large (libtpu 0.0.42).
+TPUS = {
+    "v4": TPU(("TPU v4",), 275, 32, 1200, 300, 6, 30.75, options={"chip_config_name": "megacore"}),
+    "v5e": TPU(("TPU v5 lite", "TPU v5e"), 197, 16, 819, 200, 4, 15.75),
+    "v5p": TPU(("TPU v5", "TPU v5p"), 459, 95, 2765, 600, 6, 95.74),
+    "v6e": TPU(("TPU v6 lite", "TPU v6e"), 918, 32, 1638, 400, 4, 31.25),
+    "tpu7x": TPU(("TPU7x",), 2307, 192, 7380, 600, 6, 94.75, devices=2),
+}
+
+# Dense bfloat16 TFLOP/s of one JAX device, by the vendors' data sheets.
+_PEAK_TFLOPS = {kind: tpu.tflops / tpu.devices for tpu in TPUS.values() for kind in tpu.kinds} | {
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,
     "NVIDIA A100 80GB PCIe": 312.0,

@@ -1,0 +1,198 @@
+"""What a run needs of a topology's chips, from its compiled program: memory, time at best, and the table of both."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from d2f_jax import blueprint, chips, hlo, oracle, program, report, settings, sharding, traffic
+from d2f_jax.errors import InputError
+from d2f_jax.oracle import Answer, Topology
+from d2f_jax.program import Config
+from d2f_jax.traffic import Work
+
+Kind = Literal["train", "sample"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes, FLOPs and seconds of one of `devices`, which are what JAX calls so: a TPU7x chip has two.
+
+    The program runs `runs` times, as a training has steps, each time on `batch_size` images. If it does not fit, all
+    that is known is `memory`, of which it "needs" more than is "usable". `seconds` are `bounds`.
+    """
+
+    program: Kind
+    topology: str
+    slices: int
+    chips: int
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    accumulate: int
+    remat: str
+    sampler_steps: int | None
+    runs: int
+    model: str
+    data: str | None
+    parameters: dict[str, int]
+    useful_flops_per_image: float | None
+    compile_seconds: float
+    memory: dict[str, int]
+    fits: bool
+    flops: int | None
+    hbm: dict[str, int]
+    collectives: dict[str, dict[str, int]]
+    seconds: dict[str, float]
+
+    @property
+    def bound_by(self) -> str:
+        return max(("compute", "HBM", "ICI"), key=self.seconds.__getitem__)
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """Of one run of the program and of all: if everything overlaps, and if nothing does."""
+        found = {}
+        if self.fits:
+            for name, seconds in (("overlapping", self.seconds[self.bound_by]), ("serial", self.seconds["serial"])):
+                hours = self.runs * seconds / 3600
+                speed = self.batch_size / seconds / self.chips
+                found[name] = {"seconds": seconds, "images_per_second_per_chip": speed}
+                found[name] |= {"hours": hours, "chip_hours": hours * self.chips}
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"bound_by": self.bound_by if self.fits else None, "times": self.times()}
+
+
+def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
+    """Compiles the program, unless it was before. Raises InputError for a config that no run could have."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, where.devices)
+    settings.check_values(config)
+    drawn, train = blueprint.load(config), kind == "train"
+    networks = {name: nnx.state(getattr(drawn.pipeline, name)) for name in ("unet", "vae", "text_encoder")}
+    parameters = {name: _count(params) for name, params in networks.items()}
+    if train:
+        sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
+        parameters["trained"] = _count(blueprint.parameters(config, drawn)[1])
+        useful = chips.flops(
+            blueprint.lower_train(config, drawn, sharding.make_mesh(1, 1, jax.devices()[:1]), plain=True)
+        )
+        size, steps = config.train.batch_size, None
+        lowered = blueprint.lower_train(config, drawn, mesh)
+    else:
+        if config.eval.sampler == "dopri5":
+            raise InputError("config.eval.sampler=dopri5 takes as many steps as it needs; plan with another sampler")
+        useful, steps = None, max(config.eval.step_counts)
+        size = blueprint.rows_drawn(config, mesh)
+        lowered = blueprint.lower_sampler(config, drawn, mesh, steps)
+    answer = oracle.ask(lowered, where, program.cache_folder() / "plans")
+    work = traffic.work(hlo.parse(answer.hlo), unknown_trips=steps or 1) if answer.fits else None
+    return Plan(
+        program=kind,
+        topology=where.name,
+        slices=where.slices,
+        chips=where.chips,
+        devices=len(where.devices),
+        mesh=dict(mesh.shape),
+        batch_size=size,
+        accumulate=config.train.accumulate if train else 1,
+        remat=config.remat if train else "none",
+        sampler_steps=steps,
+        runs=config.train.num_steps if train else 1,
+        model=drawn.told["model"],
+        data=drawn.told["data"] if train else None,
+        parameters=parameters,
+        useful_flops_per_image=useful and useful / size,
+        compile_seconds=answer.seconds,
+        memory=_memory(answer, where),
+        fits=answer.fits,
+        flops=work and work.flops,
+        hbm=work.hbm if work else {},
+        collectives={k: {"count": n, "bytes": work.received[k]} for k, n in work.collectives.items()} if work else {},
+        seconds=bounds(work, where) if work else {},
+    )
+
+
+def bounds(work: Work, where: Topology) -> dict[str, float]:
+    """Seconds that each resource is busy at least; "serial" adds up operations and collectives, nothing overlapping.
+
+    An operation takes as long as its FLOPs or its bytes of HBM, whichever is longer; collectives use all links.
+    """
+    tpu = where.tpu
+    peak, bandwidth, links = (rate / tpu.devices for rate in (tpu.tflops * 1e12, tpu.hbm * 1e9, tpu.ici * 1e9))
+    ici = sum(work.received.values()) / (links * where.links) if where.links else 0.0
+    operations = work.operations.items()
+    serial = ici + sum(times * max(flops / peak, moved / bandwidth) for (flops, moved), times in operations)
+    return {"compute": work.flops / peak, "HBM": sum(work.hbm.values()) / bandwidth, "ICI": ici, "serial": serial}
+
+
+def table(plan: Plan) -> str:
+    """Markdown, for people."""
+    each = "chip" if plan.devices == plan.chips else f"device ({plan.devices // plan.chips} a chip)"
+    share = f"{plan.batch_size} images, {plan.batch_size / plan.devices / plan.accumulate:g} on a {each}"
+    share += f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""
+    if plan.program == "train":
+        work = ["a step", f"{share}; remat {plan.remat}"]
+    else:
+        work = ["a batch", f"{share}; {plan.sampler_steps} steps of the sampler"]
+    parameters = ", ".join(f"{name.replace('_', ' ')} {n / 1e6:.1f}M" for name, n in plan.parameters.items())
+    rows = [["model", plan.model], ["parameters", parameters], ["data", plan.data or ""], work]
+    rows.append([f"HBM of a {each}", verdict(plan)])
+    if plan.fits:
+        parts = [f"{name} {plan.memory[name] / 2**30:.2f}" for name in ("arguments", "temporaries", "program")]
+        rows += [["of it, GiB", ", ".join(parts)], *_work_rows(plan, each), *_time_rows(plan)]
+    slices = f"{plan.slices} x " if plan.slices > 1 else ""
+    mesh = " x ".join(f"{name} {n}" for name, n in plan.mesh.items())
+    header = [f"{plan.program} on {slices}{plan.topology}", f"{plan.chips} chips, mesh {mesh}"]
+    return report.markdown_table(header, [row for row in rows if row[1]])
+
+
+def verdict(plan: Plan) -> str:
+    needs, usable = plan.memory["needs"] / 2**30, plan.memory["usable"] / 2**30
+    if plan.fits:
+        return f"{needs:.2f} of {usable:.2f} GiB: fits"
+    return f"{needs:.2f} of {usable:.2f} GiB: does not fit, by {needs - usable:.2f} GiB at least"
+
+
+def _memory(answer: Answer, where: Topology) -> dict[str, int]:
+    parts = {"arguments": answer.arguments, "temporaries": answer.temporaries, "program": answer.code}
+    return (parts if answer.fits else {}) | {"needs": answer.needs, "usable": int(where.tpu.usable_gib * 2**30)}
+
+
+def _work_rows(plan: Plan, each: str) -> list[list[str]]:
+    total = sum(plan.hbm.values())
+    classes = {name: n for name, n in sorted(plan.hbm.items(), key=lambda item: -item[1]) if n > total / 1000}
+    useful = plan.useful_flops_per_image
+    rows = [["useful work of an image", _quantity(useful, "FLOP") if useful else ""]]
+    rows.append([f"work of a {each}", _quantity(plan.flops or 0, "FLOP")])
+    rows.append([f"HBM traffic of a {each}", _quantity(total, "B")])
+    rows += [[f"- {name}", _quantity(n, "B")] for name, n in classes.items()]
+    for kind, found in sorted(plan.collectives.items()):
+        rows.append([f"{found['count']} x {kind}", f"{_quantity(found['bytes'], 'B')} come in"])
+    return rows
+
+
+def _time_rows(plan: Plan) -> list[list[str]]:
+    busy = ", ".join(f"{name} {_quantity(plan.seconds[name], 's')}" for name in ("compute", "HBM", "ICI"))
+    rows = [["busy at least", f"{busy}: bound by {plan.bound_by}"]]
+    for name, times in plan.times().items():
+        speed = _quantity(times["images_per_second_per_chip"], "")
+        told = f"{_quantity(times['seconds'], 's')}, {speed} images/s per chip"
+        if plan.program == "train":
+            told += f"; {plan.runs} steps: {times['hours']:.2g} hours, {times['chip_hours']:.2g} chip-hours"
+        rows.append(["at least" if name == "overlapping" else "one operation after another", told])
+    return rows
+
+
+def _quantity(value: float, unit: str) -> str:
+    """Three digits, with the prefix that makes them readable."""
+    if not value:
+        return f"0 {unit}".strip()
+    power = min(max(math.floor(math.log(value, 1000) + 1e-4), -3), 5)
+    return f"{value / 1000**power:.3g} {'nµm kMGTP'[power + 3].strip()}{unit}".strip()
+
+
+def _count(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))

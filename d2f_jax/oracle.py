@@ -1,0 +1,133 @@
+"""The TPU's compiler, which runs on any machine, asked what a program needs; what it said is kept on disk."""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+from jax.experimental import topologies
+
+from d2f_jax.chips import TPU, TPUS
+from d2f_jax.errors import InputError
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips of one generation, as Cloud TPU names them: `v5e:4x8`; perhaps several slices of them."""
+
+    name: str
+    slices: int
+    tpu: TPU
+    shape: tuple[int, ...]
+    devices: Sequence[Any]
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def links(self) -> float:
+        """The share of a chip's links that lead to another one: one where a side is 2, none where it is 1."""
+        return sum(min(side - 1, 2) for side in self.shape) / self.tpu.links
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Of one device, in bytes. A program that does not fit has no text, and of its memory only `needs` is known."""
+
+    seconds: float
+    needs: int
+    arguments: int
+    temporaries: int
+    code: int
+    hlo: str
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.hlo)
+
+
+def prepare() -> None:
+    """Lets the TPU's compiler run where there is no TPU; to be called before JAX is used."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    # It looks for the pod it is part of, and complains of finding none.
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what it says is kept, not programs that cannot run here
+
+
+def topology(name: str, slices: int = 1) -> Topology:
+    """Raises InputError for a generation or a shape that there is not, and if the compiler is not installed."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    if match is None or match[1] not in TPUS:
+        raise InputError(
+            f"--topology={name} is unknown; write {', '.join(TPUS)}, and the chips' shape, as in v5e:4x8 or v5p:2x2x1"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu, the TPU's compiler, is not installed: ./launch/install.sh tpu")
+    tpu, shape = TPUS[match[1]], tuple(map(int, match[2].split("x")))
+    options: dict[str, Any] = dict(tpu.options) | ({"num_slices": slices} if slices > 1 else {})
+    options["chips_per_host_bounds"] = (*(min(side, 2) for side in shape[:2]), 1)
+    try:
+        devices = topologies.get_topology_desc(name, "tpu", **options).devices
+    except JaxRuntimeError as error:
+        raise InputError(f"--topology={name} x {slices} slices: {_line(error)}; give another shape") from error
+    return Topology(name, slices, tpu, shape, devices)
+
+
+def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
+    """What the compiler says; from `cache` if it was asked the same before. Errors but a lack of HBM are raised."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    question = json.dumps([where.name, where.slices, versions, flags, lowered.as_text()])
+    file = cache / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json.gz"
+    if file.is_file():
+        return Answer(**json.loads(gzip.decompress(file.read_bytes())))
+    print(f"compiling for {where.name}: seconds for tiny-sd, 5 to 30 minutes for Stable Diffusion", file=sys.stderr)
+    answer = _compiled(lowered)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode()))
+    part.replace(file)
+    return answer
+
+
+def _compiled(lowered: jax.stages.Lowered) -> Answer:
+    began = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except JaxRuntimeError as error:
+        # "Used 17.94G of 15.75G hbm", or "the total memory required (17.94G) exceeds available HBM (15.75G)"
+        sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower() or not sizes:
+            raise
+        needs = int(float(sizes[0][0]) * _UNITS[sizes[0][1]])
+        return Answer(time.monotonic() - began, needs, 0, 0, 0, "")
+    memory: Any = compiled.memory_analysis()
+    code = memory.generated_code_size_in_bytes
+    return Answer(
+        seconds=time.monotonic() - began,
+        needs=memory.peak_memory_in_bytes + code,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=code,
+        hlo=compiled.as_text() or "",
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

