@@ -12,40 +12,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2f_jax import optim, prior, settings, sharding, weights
+from d2f_jax import datasets, optim, prior, settings, sharding, weights
 from d2f_jax import step as steps
 from d2f_jax.data.open import open_source
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
-from d2f_jax.pipeline import Pipeline, make_program
+from d2f_jax.pipeline import Pipeline, task_of
 from d2f_jax.program import Config
+from d2f_jax.programs import make_program
 from d2f_jax.schedule import NoiseSchedule
 
 KNOWN_MODELS = Path(__file__).parent / "assets" / "known_models.json"
 """What the config files of well-known hub ids say, so that they need not be fetched."""
 
-_PICTURES = ("image", "input_ids")
-_PREPARED = ("latent_mean", "latent_std", "text_states")
-_USUAL = {"shapes_world": _PICTURES, "image_folder": _PICTURES, "tfds": _PICTURES, "webdataset": _PICTURES}
-_USUAL |= {"array_record": _PREPARED}
+_PICTURES = ("shapes_world", "image_folder", "tfds", "webdataset", "hypersim", "vkitti2")  # kinds that usually are
 
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """Shapes of a checkpoint, and what a batch holds; `told` says where both are known from."""
+    """Shapes of a checkpoint, and the names of a batch's arrays; `model` and `data` say where both are known from."""
 
     pipeline: Pipeline
-    batch: tuple[str, ...]
-    told: dict[str, str]
+    arrays: tuple[str, ...]
+    model: str
+    data: str
+
+    @property
+    def tokens(self) -> int:
+        """In a row: those of captions are padded; depth's, of none, are two."""
+        text = self.pipeline.text_encoder.config
+        return 2 if self.pipeline.task.of_pictures else text.max_position_embeddings
 
 
 def load(config: Config) -> Blueprint:
     """Raises InputError for a model or a source that is not known, and for parts that do not belong together."""
-    configs, where = model_configs(config.model)
-    batch, source = batch_arrays(config.data.sources[0])
-    return Blueprint(make_pipeline(config, configs), batch, {"model": where, "data": source})
+    configs, model = model_configs(config.model)
+    data, arrays = batch_arrays(config)
+    return Blueprint(make_pipeline(config, configs), arrays, model, data)
 
 
 def model_configs(model: str) -> tuple[dict[str, dict[str, Any]], str]:
@@ -61,36 +66,52 @@ def make_pipeline(config: Config, configs: dict[str, dict[str, Any]]) -> Pipelin
     """With shapes in place of parameters, and without a tokenizer: nothing can be drawn with it."""
 
     def build(network: Callable[..., Any], part_config: Any) -> Any:
-        return nnx.eval_shape(lambda: network(part_config, dtype=jnp.dtype(config.compute_dtype), rngs=nnx.Rngs(0)))
+        return network(part_config, dtype=jnp.dtype(config.compute_dtype), rngs=nnx.Rngs(0))
 
-    return Pipeline(
-        unet=build(UNet2DConditionModel, UNetConfig.from_dict(configs["unet"])),
-        vae=build(AutoencoderKL, VAEConfig.from_dict(configs["vae"])),
-        text_encoder=build(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"])),
+    unet_config = UNetConfig.from_dict(configs["unet"])
+    unet = nnx.eval_shape(lambda: build(UNet2DConditionModel, unet_config))
+    vae = nnx.eval_shape(lambda: build(AutoencoderKL, VAEConfig.from_dict(configs["vae"])))
+    text_encoder = nnx.eval_shape(lambda: build(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"])))
+    pipeline = Pipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=cast(Any, None),
         schedule=NoiseSchedule.from_config(configs["scheduler"]),
         scheduler_config=configs["scheduler"],
         alignment=settings.make_objective(config).alignment,
+        task=task_of(config.model, configs["scheduler"], unet, vae, text_encoder),
     )
+    wanted = settings.make_task(config)
+
+    def for_task() -> UNet2DConditionModel:
+        return dataclasses.replace(pipeline, unet=build(UNet2DConditionModel, unet_config)).for_task(wanted).unet
+
+    return dataclasses.replace(pipeline, unet=nnx.eval_shape(for_task), task=wanted)
 
 
-def batch_arrays(source: str) -> tuple[tuple[str, ...], str]:
-    """What a batch of `source` holds: as its first example has it, or as such sources usually do where it is not."""
-    kind = source.partition(":")[0]
-    if kind == "shapes_world":
-        return _USUAL[kind], f"{source}: pictures and captions"
-    try:
-        example = open_source(source)[0]
-    except (InputError, OSError) as error:
-        if kind not in _USUAL:
-            raise
-        arrays, note = _USUAL[kind], f", as is usual: it was not looked into ({error})"
+def batch_arrays(config: Config) -> tuple[str, tuple[str, ...]]:
+    """What a batch holds, told and named: as the first example of the first source has it, or as is usual for such."""
+    source, depth = config.data.sources[0], datasets.of_depth(config)
+    kind, note = source.partition(":")[0], ""
+    names = (
+        ("image",) if kind in _PICTURES else ("latent_mean", "text_states", "picture_mean" if depth else "latent_std")
+    )
+    if kind != "shapes_world":
+        try:
+            names = tuple(open_source(source)[0])
+        except (InputError, OSError) as error:
+            if kind not in (*_PICTURES, "array_record"):
+                raise
+            note = f", as is usual: it was not looked into ({error})"
+    if "latent_mean" in names:
+        arrays = [name for name in ("latent_mean", "latent_std", "picture_mean", "noise") if name in names]
     else:
-        arrays, note = tuple(name for name in example if name not in ("text", "depth")), ""
-        arrays += () if "text_states" in example else ("input_ids",)
-    what = "pictures" if "image" in arrays else "latents"
-    text = "captions" if "input_ids" in arrays else "text states"
-    return arrays, f"{source}: {what} and {text}{note}"
+        arrays = ["image", "depth"] if depth else ["image"]
+    arrays += (["valid"] if depth else []) + ["text_states" if "text_states" in names else "input_ids"]
+    what = "latents" if "latent_mean" in names else "pictures"
+    text = "depth" if depth else "text states" if "text_states" in names else "captions"
+    return f"{source}: {what} and {text}{note}", tuple(arrays)
 
 
 def lower_train(config: Config, drawn: Blueprint, mesh: Mesh, *, plain: bool = False) -> jax.stages.Lowered:
@@ -117,38 +138,43 @@ def parameters(config: Config, drawn: Blueprint) -> tuple[steps.Frozen, Any]:
 def train_batch(config: Config, drawn: Blueprint) -> dict[str, jax.ShapeDtypeStruct]:
     count, pixels = config.train.batch_size, config.data.image_size
     latent = jax.eval_shape(lambda: drawn.pipeline.noise(0, count, pixels, pixels)).shape
-    text = drawn.pipeline.text_encoder.config
+    width = drawn.pipeline.text_encoder.config.hidden_size
     shapes = {
         "image": ((count, pixels, pixels, 3), jnp.uint8),
+        "depth": ((count, pixels, pixels), jnp.float32),
+        "valid": (latent[:3] if "latent_mean" in drawn.arrays else (count, pixels, pixels), jnp.bool_),
         "latent_mean": (latent, jnp.float16),
         "latent_std": (latent, jnp.float16),
+        "picture_mean": (latent, jnp.float16),
         "noise": (latent, jnp.float32),
-        "input_ids": ((count, text.max_position_embeddings), jnp.int32),
-        "text_states": ((count, text.max_position_embeddings, text.hidden_size), jnp.float16),
+        "input_ids": ((count, drawn.tokens), jnp.int32),
+        "text_states": ((count, drawn.tokens, width), jnp.float16),
         "weight": ((count,), jnp.float32),
     }
-    return {name: jax.ShapeDtypeStruct(*shapes[name]) for name in (*drawn.batch, "weight")}
+    return {name: jax.ShapeDtypeStruct(*shapes[name]) for name in (*drawn.arrays, "weight")}
 
 
 def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) -> jax.stages.Lowered:
-    """What draws `config.eval.batch_size` pictures, as `Pipeline` runs it on a mesh."""
-    pipeline = dataclasses.replace(drawn.pipeline, mesh=mesh)
-    sampler, pixels = settings.eval_sampler(config), config.data.image_size
-    count = rows_drawn(config, mesh)
-    ids = jax.ShapeDtypeStruct((count, pipeline.text_encoder.config.max_position_embeddings), jnp.int32)
+    """What draws `rows_drawn` pictures, or estimates depth of as many, as `Pipeline` runs it on a mesh."""
+    pipeline, sampler, pixels = drawn.pipeline, settings.eval_sampler(config), config.data.image_size
+    count, depth = rows_drawn(config, mesh), pipeline.task.of_pictures
+    ids = jax.ShapeDtypeStruct((count, drawn.tokens), jnp.int32)
     noise = jax.eval_shape(lambda: pipeline.noise(0, count, pixels, pixels))
     keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
-    grid = sampler.grid(pipeline.schedule, pipeline.alignment, pipeline.scheduler_config, num_steps)
-    guided = config.eval.guidance_scale != 1
+    pictures = jax.ShapeDtypeStruct((count, pixels, pixels, 3), jnp.uint8) if depth else None
+    at_noise = pipeline.task.start == "noise"
+    grid = sampler.grid(pipeline.schedule, pipeline.alignment, pipeline.scheduler_config, num_steps, at_noise=at_noise)
+    guided = config.eval.guidance_scale != 1 and not depth
+    program = make_program(pipeline.model, mesh, sampler.compiled_for, "sample", guided)
     networks = (nnx.state(network) for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-    rows = _split(mesh, (ids, ids, noise, keys))
-    program = make_program(pipeline, sampler.compiled_for, "sample", guided)
+    rows = _split(mesh, (ids, ids, noise, keys, pictures))
     return program.lower(*(_kept(mesh, params) for params in networks), *rows, grid, jnp.zeros(2))  # pyright: ignore
 
 
 def rows_drawn(config: Config, mesh: Mesh) -> int:
-    """`config.eval.batch_size`, filled up to the same number for every device."""
-    return config.eval.batch_size + -config.eval.batch_size % mesh.size
+    """`config.eval.batch_size`, of depth for each of the ensemble, filled up to the same number for every device."""
+    count = config.eval.batch_size * (config.eval.depth.ensemble if datasets.of_depth(config) else 1)
+    return count + -count % mesh.size
 
 
 def _key() -> Any:

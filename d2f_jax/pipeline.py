@@ -71,17 +71,7 @@ class Pipeline:
         vae = weights.load_vae(path_or_hub_id, **options)
         text_encoder = weights.load_text_encoder(path_or_hub_id, **options)
         tokenizer = weights.load_tokenizer(path_or_hub_id, revision=revision)
-        channels = vae.config.latent_channels
-        recorded = export.recorded_task(scheduler_config, unet.config.in_channels / channels)
-        for what, takes, given, gives in (
-            ("channels", unet.config.in_channels, "VAE", recorded.inputs * channels),
-            ("text features", unet.config.cross_attention_dim, "text encoder", text_encoder.config.hidden_size),
-        ):
-            if takes != gives:
-                raise InputError(
-                    f"{path_or_hub_id}: the UNet takes {takes} {what}, the {given} makes {gives}; "
-                    "give a model whose parts belong together"
-                )
+        recorded = task_of(path_or_hub_id, scheduler_config, unet, vae, text_encoder)
         if tokenizer.model_max_length > (length := text_encoder.config.max_position_embeddings):
             raise InputError(
                 f"{path_or_hub_id}: the tokenizer makes {tokenizer.model_max_length} tokens, the text encoder takes "
@@ -325,6 +315,28 @@ class Pipeline:
         if self.task.of_pictures != of_pictures:
             call = "depth(images)" if self.task.of_pictures else "pipeline(prompt)"
             raise InputError(f"this model's task is {self.task.name}; call {call}, or give another model")
+
+
+def task_of(
+    where: str | Path,
+    scheduler_config: dict[str, Any],
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+) -> Task:
+    """What the parts of a checkpoint make together. Raises InputError if they do not belong together."""
+    channels = vae.config.latent_channels
+    recorded = export.recorded_task(scheduler_config, unet.config.in_channels / channels)
+    for what, takes, given, gives in (
+        ("channels", unet.config.in_channels, "VAE", recorded.inputs * channels),
+        ("text features", unet.config.cross_attention_dim, "text encoder", text_encoder.config.hidden_size),
+    ):
+        if takes != gives:
+            raise InputError(
+                f"{where}: the UNet takes {takes} {what}, the {given} makes {gives}; "
+                "give a model whose parts belong together"
+            )
+    return recorded
 
 
 def random_keys(seed: int, first: int, count: int) -> jax.Array:

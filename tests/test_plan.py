@@ -52,34 +52,49 @@ def topology(name: str = "v5e:2x4") -> Topology:
     return Topology(name, 1, chips.TPUS[generation], tuple(map(int, shape.split("x"))), jax.devices())
 
 
-def test_the_step_that_is_planned_is_the_one_that_trains(model: Path, tmp_path: Path) -> None:
-    made = config(model, "lora_base", compute_dtype="bfloat16", remat="blocks", **{"train.accumulate": 2})
+@pytest.mark.parametrize(
+    ("arg", "changes"),
+    [
+        ("lora_base", {"compute_dtype": "bfloat16", "remat": "blocks", "train.accumulate": 2}),
+        ("", {"task.name": "image_to_depth"}),
+    ],
+)
+def test_the_step_that_is_planned_is_the_one_that_trains(
+    model: Path, tmp_path: Path, arg: str, changes: dict[str, Any]
+) -> None:
+    made = config(model, arg, **changes)
     drawn = blueprint.load(made)
-    assert drawn.told["data"] == "shapes_world: pictures and captions"
     pipeline = prior.load(made)
     networks, frozen, trained = prior.split(pipeline, made)
     optimizer = optim.make_optimizer(settings.make_optimizer_options(made))
     state, frozen = prior.place(MESH, trained, frozen, optimizer, jax.random.key(0))
-    batches = datasets.open_data(made.data, tmp_path, pipeline, {}).train_batches(made, MESH, 0)
+    batches = datasets.open_data(made, tmp_path, pipeline, {}).train_batches(made, MESH, 0)
     step = steps.make_train_step(networks, pipeline.schedule, optimizer, prior.step_options(made, pipeline), MESH)
     trains = step.lower(state, frozen, next(batches))
     batches.close()
     assert blueprint.lower_train(made, drawn, MESH).as_text() == trains.as_text()
 
 
-def test_the_sampler_that_is_planned_is_the_one_that_samples(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = config(model, **{"eval.batch_size": 3})
+@pytest.mark.parametrize("task", ["text_to_image", "image_to_depth"])
+def test_the_sampler_that_is_planned_is_the_one_that_samples(
+    model: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    made = config(model, **{"eval.batch_size": 3, "eval.depth.ensemble": 2, "task.name": task})
     make_program, lowered = pipelines.make_program, []
 
     def lowered_only(*how: Any) -> Any:
         def program(*arguments: Any) -> np.ndarray:
             lowered.append(make_program(*how).lower(*arguments).as_text())
-            return np.zeros(8)
+            return np.zeros((8, 16, 16), np.float32)
 
         return program
 
     monkeypatch.setattr(pipelines, "make_program", lowered_only)
-    prior.load(made).on_mesh(MESH)(["a cube"] * 3, num_steps=4, guidance_scale=3.0, height=16, width=16)
+    pipeline = prior.load(made).on_mesh(MESH)
+    if task == "text_to_image":
+        pipeline(["a cube"] * 3, num_steps=4, guidance_scale=3.0, height=16, width=16)
+    else:
+        pipeline.depth(np.zeros((3, 16, 16, 3), np.uint8), ensemble=2)
     assert blueprint.rows_drawn(made, MESH) == 8
     assert [blueprint.lower_sampler(made, blueprint.load(made), MESH, 4).as_text()] == lowered
 
@@ -110,22 +125,27 @@ def test_weights_are_not_needed(model: Path, tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
     name = "scheduler/scheduler_config.json"
     (tmp_path / name).write_bytes((model / name).read_bytes())
-    assert blueprint.load(config(tmp_path)).told["model"] == f"{tmp_path}, its config files"
+    assert blueprint.load(config(tmp_path)).model == f"{tmp_path}, its config files"
 
 
 def test_arrays_are_those_of_the_source_or_what_is_usual(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "black"}')
-    arrays, told = blueprint.batch_arrays(f"image_folder:{tmp_path}")
-    assert arrays == ("image", "input_ids") and told.endswith(": pictures and captions")
-    arrays, told = blueprint.batch_arrays("array_record:nowhere")
+    depth = {"task.name": "image_to_depth"}
+
+    def found(source: str, **changes: Any) -> tuple[str, tuple[str, ...]]:
+        return blueprint.batch_arrays(config("tiny-sd", **{"data.sources": (source,)}, **changes))
+
+    folder, missing = f"image_folder:{tmp_path}", "array_record:nowhere"
+    assert found(folder) == (f"{folder}: pictures and captions", ("image", "input_ids"))
+    assert found(folder, **depth)[1] == ("image", "depth", "valid", "input_ids")
+    told, arrays = found(missing)
     assert arrays == ("latent_mean", "latent_std", "text_states")
-    assert told.startswith(
-        "array_record:nowhere: latents and text states, as is usual: it was not looked into (nowhere"
-    )
-    assert blueprint.batch_arrays("webdataset:nowhere/{0..3}.tar")[0] == ("image", "input_ids")
+    assert told.startswith(f"{missing}: latents and text states, as is usual: it was not looked into (nowhere")
+    assert found(missing, **depth)[1] == ("latent_mean", "picture_mean", "valid", "text_states")
+    assert found("webdataset:nowhere/{0..3}.tar")[1] == ("image", "input_ids")
     with pytest.raises(InputError, match="no kind 'cloud'"):
-        blueprint.batch_arrays("cloud:9")
+        found("cloud:9")
 
 
 @pytest.mark.parametrize(
