@@ -93,7 +93,8 @@ def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
     """What the compiler says; from `cache` if it was asked the same before. Errors but a lack of HBM are raised."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    question = json.dumps([where.name, where.slices, versions, flags, lowered.as_text()])
+    asked = [field.name for field in dataclasses.fields(Answer)]
+    question = json.dumps([asked, where.name, where.slices, versions, flags, lowered.as_text()])
     file = cache / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json.gz"
     if file.is_file():
         return Answer(**json.loads(gzip.decompress(file.read_bytes())))
