@@ -11,8 +11,9 @@ import jax
 class TPU:
     """A generation of chips: per chip dense bfloat16 TFLOP/s, GiB and GB/s of HBM, and links to its neighbours.
 
-    `ici` is GB/s in one direction over all `links` together. `devices` are JAX's on one chip, each of which
-    `usable_gib` of HBM are left to by the compiler. `options` make a topology of such devices.
+    `ici` is GB/s in one direction over all `links` together. `devices` are JAX's on one chip, to each of which the
+    compiler leaves `usable_gib` of HBM. `cycles` are those that it estimates, in billions a second: so many that a
+    product of matrices of 8192 x 8192 runs at the peak. `options` make a topology of such devices.
     """
 
     kinds: tuple[str, ...]
@@ -22,19 +23,20 @@ class TPU:
     ici: float
     links: int
     usable_gib: float
+    cycles: float
     devices: int = 1
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # https://docs.cloud.google.com/tpu/docs/ with v4, v5e, v5p, v6e and tpu7x behind it, as of November 2026; ICI is half
 # of what it calls bidirectional. It tells none for v4, whose paper (arXiv 2304.01433) has six links of 50 GB/s. What is
-# usable the compiler says when a program is too large (libtpu 0.0.42).
+# usable the compiler says when a program is too large, and cycles of that product are in its text (libtpu 0.0.42).
 TPUS = {
-    "v4": TPU(("TPU v4",), 275, 32, 1200, 300, 6, 30.75, options={"chip_config_name": "megacore"}),
-    "v5e": TPU(("TPU v5 lite", "TPU v5e"), 197, 16, 819, 200, 4, 15.75),
-    "v5p": TPU(("TPU v5", "TPU v5p"), 459, 95, 2765, 600, 6, 95.74),
-    "v6e": TPU(("TPU v6 lite", "TPU v6e"), 918, 32, 1638, 400, 4, 31.25),
-    "tpu7x": TPU(("TPU7x",), 2307, 192, 7380, 600, 6, 94.75, devices=2),
+    "v4": TPU(("TPU v4",), 275, 32, 1200, 300, 6, 30.75, 1.131, options={"chip_config_name": "megacore"}),
+    "v5e": TPU(("TPU v5 lite", "TPU v5e"), 197, 16, 819, 200, 4, 15.75, 1.712),
+    "v5p": TPU(("TPU v5", "TPU v5p"), 459, 95, 2765, 600, 6, 95.74, 1.942),
+    "v6e": TPU(("TPU v6 lite", "TPU v6e"), 918, 32, 1638, 400, 4, 31.25, 2.486),
+    "tpu7x": TPU(("TPU7x",), 2307, 192, 7380, 600, 6, 94.75, 2.732, devices=2),
 }
 
 # Dense bfloat16 TFLOP/s of one JAX device, by the vendors' data sheets.

@@ -12,9 +12,11 @@ here. --search compiles batches of powers of two a device for each config.remat,
 Memory is as the compiler lays it out. Times are bounds of what it made of the program: FLOPs at the chip's bfloat16
 peak, for TPUs multiply float32 in bfloat16 too; bytes of HBM that operations read and write, at its full bandwidth;
 bytes that collectives bring in, over all links to other chips at once. "At least" is the longest of the three. Nothing
-overlaps in "one operation after another", where each takes as long as its FLOPs or its bytes. A real run is slower
-than the first, and mostly than the second: neither knows latency, units that idle, networks between slices, or a host
-that is late with data.
+overlaps in "one operation after another", where each takes as long as its FLOPs or its bytes. "As the compiler
+estimates" adds up the cycles by which it chooses between ways to do an operation, against those of a large product of
+matrices at the chip's peak: they know of operations that are too small or of an awkward shape. That is likely the
+nearest to what a run takes, but was not held against one. None knows latency between chips, networks between slices, or
+a host that is late with data.
 """
 
 import json
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def search(config: Config, kind: Kind, where: Topology) -> list[Plan]:
-    """Of every kind of recomputation the largest batch that fits, the fastest by its bounds first.
+    """Of every kind of recomputation the largest batch that fits, the fastest as the compiler estimates first.
 
     Batches are powers of two for each device, and each of the parts of a step. Raises InputError if none fits.
     """
@@ -73,7 +75,7 @@ def search(config: Config, kind: Kind, where: Topology) -> list[Plan]:
         found += largest(make, start)
     if not found:
         raise InputError(f"not one image a device fits {where.name}; take larger chips, or a larger config.mesh.fsdp")
-    return sorted(found, key=lambda plan: plan.seconds["serial"] / plan.batch_size)
+    return sorted(found, key=lambda plan: plan.seconds["estimated"] / plan.batch_size)
 
 
 def largest(make: Callable[[int], Plan], start: int) -> list[Plan]:
@@ -97,7 +99,7 @@ def choices(plans: list[Plan], where: Topology) -> str:
     """Markdown: what fits, and the flags of the first."""
     rows = []
     for plan in plans:
-        times = plan.times()["serial"]
+        times = plan.times()["estimated"]
         rows.append([plan.remat, str(plan.batch_size), f"{plan.memory['needs'] / 2**30:.2f}"])
         rows[-1] += [f"{times['images_per_second_per_chip']:.2f}", f"{times['chip_hours']:.1f}"]
     usable = f"{where.tpu.usable_gib:.2f}"

@@ -157,12 +157,17 @@ def test_links_that_lead_to_another_chip(name: str, chips_there: int, links: flo
 
 
 def test_bounds() -> None:
-    work = Work(hbm={"x": 3}, flops=0, collectives={}, received={"all-gather": 10**9}, operations={})
-    # A step of 197 TFLOP that reads 1 byte, and a copy of 819 GB: a second each.
-    busy = {(197 * 10**12, 1): 1, (0, 819 * 10**9): 2}
-    work = dataclasses.replace(work, flops=197 * 10**12, hbm={"x": 2 * 819 * 10**9}, operations=busy)
+    # A product of 197 TFLOP, and two copies of 819 GB: a second each.
+    work = Work(
+        hbm={"copies": 2 * 819 * 10**9},
+        flops=197 * 10**12,
+        collectives={"all-gather": 1},
+        received={"all-gather": 10**9},
+        operations={(197 * 10**12, 0): 1, (0, 819 * 10**9): 2},
+        cycles=4 * 1_712_000_000,
+    )
     found = forecast.bounds(work, topology("v5e:16x16"))
-    assert found == pytest.approx({"compute": 1, "HBM": 2, "ICI": 0.005, "serial": 3.005})
+    assert found == pytest.approx({"compute": 1, "HBM": 2, "ICI": 0.005, "serial": 3.005, "estimated": 4.005})
     alone = forecast.bounds(work, topology("v5e:2x1"))  # one link of four
     assert alone["ICI"] == pytest.approx(0.02)
 
@@ -182,10 +187,13 @@ def test_a_plan_that_fits(fitting: Plan) -> None:
     found, told = fitting, json.loads(json.dumps(fitting.as_dict()))
     seconds = 3 * 2**26 / 819e9
     assert told["bound_by"] == "HBM" and told["fits"]
+    assert {name: times["seconds"] for name, times in told["times"].items()} == pytest.approx(
+        {"overlapping": seconds, "serial": seconds, "estimated": 641888 / 1.712e9}
+    )
     for times in told["times"].values():
-        assert times["seconds"] == times["hours"] == pytest.approx(seconds)
-        assert times["chip_hours"] == pytest.approx(8 * seconds)
-        assert times["images_per_second_per_chip"] == pytest.approx(2 / seconds)
+        assert times["hours"] == pytest.approx(times["seconds"])
+        assert times["chip_hours"] == pytest.approx(8 * times["seconds"])
+        assert times["images_per_second_per_chip"] == pytest.approx(2 / times["seconds"])
     assert told["useful_flops_per_image"] == 2e11
     assert told["parameters"]["trained"] == told["parameters"]["unet"] > told["parameters"]["vae"]
     text = forecast.table(found)

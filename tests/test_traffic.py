@@ -58,6 +58,12 @@ def test_a_loop_counts_as_often_as_it_runs(name: str, options: dict[str, int], r
     assert moved(work) == {ELEMENTWISE: rounds * 2 * 256 * MB, COPIES: 2 * 256 * MB}  # what it begins with, once
 
 
+def test_cycles_are_the_compilers_own() -> None:
+    assert recorded("add").cycles == 641_888
+    once, twice, thrice = (recorded("dynamic_loop", unknown_trips=n).cycles for n in (1, 2, 3))
+    assert thrice - twice == twice - once > 0
+
+
 def test_a_gather_in_parts_beside_products_counts_once() -> None:
     """`tanh(a @ w1) @ w2` of bfloat16 [2048, 2048] on each chip, which holds a quarter of both factors."""
     work = recorded("gathers")
