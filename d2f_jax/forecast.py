@@ -124,16 +124,19 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
 def bounds(work: Work, where: Topology) -> dict[str, float]:
     """Seconds that each resource is busy at least; "serial" adds up operations and collectives, nothing overlapping.
 
-    An operation takes as long as its FLOPs or its bytes of HBM, whichever is longer; collectives use all links.
-    "estimated" adds up the compiler's cycles instead, and collectives.
+    An operation takes as long as its FLOPs or its bytes of HBM, whichever is longer; collectives use all links. For
+    "estimated" it takes the compiler's cycles, if it tells them.
     """
     tpu = where.tpu
     peak, bandwidth, links = (rate / tpu.devices for rate in (tpu.tflops * 1e12, tpu.hbm * 1e9, tpu.ici * 1e9))
     ici = sum(work.received.values()) / (links * where.links) if where.links else 0.0
-    operations = work.operations.items()
-    serial = ici + sum(times * max(flops / peak, moved / bandwidth) for (flops, moved), times in operations)
+    serial = estimated = ici
+    for (flops, moved, cycles), times in work.operations.items():
+        alone = max(flops / peak, moved / bandwidth)
+        serial += times * alone
+        estimated += times * (alone if cycles is None else cycles / (tpu.cycles * 1e9))
     found = {"compute": work.flops / peak, "HBM": sum(work.hbm.values()) / bandwidth, "ICI": ici}
-    return found | {"serial": serial, "estimated": ici + work.cycles / (tpu.cycles * 1e9)}
+    return found | {"serial": serial, "estimated": estimated}
 
 
 def table(plan: Plan) -> str:

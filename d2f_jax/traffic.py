@@ -21,6 +21,7 @@ CLASSES = (PRODUCTS, ELEMENTWISE, COPIES, MOVES, COLLECTIVES, CUSTOM)
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _COPIES = _SLICES | {"copy", "transpose", "reshape", "dynamic-update-slice", "concatenate", "pad", "reverse"}
 _COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+_NOT_KNOWN = 2**63 - 1  # cycles
 _NAMES_ONLY = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that move nothing
 
 
@@ -28,27 +29,25 @@ _NAMES_ONLY = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that move noth
 class Work:
     """Of one device in one run: bytes of HBM by class, FLOPs, and of each kind of collective how many and the bytes.
 
-    `operations` is how often an instruction of so many FLOPs and bytes of HBM runs. `cycles` are what the TPU's
-    compiler estimates that instructions take, but moves beside others and collectives.
+    `operations` is how often an instruction of so many FLOPs, bytes of HBM and cycles runs. Cycles are estimates of the
+    TPU's compiler: none of moves beside other work, and None where it does not know.
     """
 
     hbm: dict[str, int]
     flops: int
     collectives: dict[str, int]
     received: dict[str, int]
-    operations: dict[tuple[int, int], int]
-    cycles: int
+    operations: dict[tuple[int, int, int | None], int]
 
 
 def work(program: Program, *, unknown_trips: int = 1) -> Work:
     """Of one run; see `hlo.runs`."""
     hbm, received, count, operations = (collections.Counter() for _ in range(4))
-    cycles = 0
     for computation, instruction, times in hlo.runs(program, unknown_trips):
         inside = list(hlo.inside(program, computation, instruction))
         flops, moved = sum(hlo.flops(of, each) for of, each in inside), _hbm(program, computation, instruction)
-        operations[flops, moved] += times
-        cycles += times * int(instruction.attribute("estimated_cycles", r'":"(\d+)') or 0)
+        cycles = int(instruction.attribute("estimated_cycles", r'":"(\d+)') or 0)
+        operations[flops, moved, None if cycles == _NOT_KNOWN else cycles] += times
         hbm[_class(computation, instruction, inside)] += times * moved
         for of, each in ((of, each) for of, each in inside if _begins(each)):
             kind = each.opcode.removesuffix("-start")
@@ -56,8 +55,8 @@ def work(program: Program, *, unknown_trips: int = 1) -> Work:
                 kind = "reduce-scatter"
             count[kind] += times
             received[kind] += times * _received(kind, each, of, program.devices)
-    total = sum(times * flops for (flops, _), times in operations.items())
-    return Work({name: hbm[name] for name in CLASSES}, total, dict(count), dict(received), dict(operations), cycles)
+    total = sum(times * flops for (flops, *_), times in operations.items())
+    return Work({name: hbm[name] for name in CLASSES}, total, dict(count), dict(received), dict(operations))
 
 
 def _class(of: Computation, instruction: Instruction, inside: list[tuple[Computation, Instruction]]) -> str:

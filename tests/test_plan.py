@@ -163,8 +163,7 @@ def test_bounds() -> None:
         flops=197 * 10**12,
         collectives={"all-gather": 1},
         received={"all-gather": 10**9},
-        operations={(197 * 10**12, 0): 1, (0, 819 * 10**9): 2},
-        cycles=4 * 1_712_000_000,
+        operations={(197 * 10**12, 0, 2 * 1_712_000_000): 1, (0, 819 * 10**9, None): 2},
     )
     found = forecast.bounds(work, topology("v5e:16x16"))
     assert found == pytest.approx({"compute": 1, "HBM": 2, "ICI": 0.005, "serial": 3.005, "estimated": 4.005})

@@ -14,11 +14,12 @@ import pytest
 from d2f_jax import hlo, traffic
 from d2f_jax.traffic import COLLECTIVES, COPIES, ELEMENTWISE, MOVES, PRODUCTS, Work
 
+HLO = Path(__file__).parent / "hlo"
 MB = 2**20
 
 
 def recorded(name: str, **options: int) -> Work:
-    return traffic.work(hlo.parse((Path(__file__).parent / "hlo" / f"{name}.txt").read_text()), **options)
+    return traffic.work(hlo.parse((HLO / f"{name}.txt").read_text()), **options)
 
 
 def compiled(function: Callable, *shapes: tuple[int, ...], **options: object) -> tuple[Work, float]:
@@ -59,9 +60,11 @@ def test_a_loop_counts_as_often_as_it_runs(name: str, options: dict[str, int], r
 
 
 def test_cycles_are_the_compilers_own() -> None:
-    assert recorded("add").cycles == 641_888
-    once, twice, thrice = (recorded("dynamic_loop", unknown_trips=n).cycles for n in (1, 2, 3))
-    assert thrice - twice == twice - once > 0
+    assert recorded("add").operations == {(0, 3 * 64 * MB, 641_888): 1}
+    ((_, times),) = (each for each in recorded("loop").operations.items() if each[0][2] and each[1] > 1)
+    assert times == 5
+    text = (HLO / "add.txt").read_text().replace("641888", str(2**63 - 1))
+    assert traffic.work(hlo.parse(text)).operations == {(0, 3 * 64 * MB, None): 1}
 
 
 def test_a_gather_in_parts_beside_products_counts_once() -> None:
