@@ -132,7 +132,8 @@ def parameters(config: Config, drawn: Blueprint) -> tuple[steps.Frozen, Any]:
     """Those that stay and those that are trained."""
     pipeline = drawn.pipeline
     states = (nnx.state(network) for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-    return jax.eval_shape(functools.partial(prior.parameters, config), *states)
+    made = functools.partial(prior.parameters, config, pipeline.vae.config.latent_channels)
+    return jax.eval_shape(made, *states)
 
 
 def train_batch(config: Config, drawn: Blueprint) -> dict[str, jax.ShapeDtypeStruct]:
@@ -166,9 +167,12 @@ def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) 
     grid = sampler.grid(pipeline.schedule, pipeline.alignment, pipeline.scheduler_config, num_steps, at_noise=at_noise)
     guided = config.eval.guidance_scale != 1 and not depth
     program = make_program(pipeline.model, mesh, sampler.compiled_for, "sample", guided)
+    frozen, trained = parameters(config, drawn)
+    learned = functools.partial(steps.unet_params, lora_scale=config.lora.scale)
+    adapters = jax.eval_shape(learned, trained, frozen.unet).adapters
     networks = (nnx.state(network) for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-    rows = _split(mesh, (ids, ids, noise, keys, pictures))
-    return program.lower(*(_kept(mesh, params) for params in networks), *rows, grid, jnp.zeros(2))  # pyright: ignore
+    params = (_kept(mesh, given) for given in (*networks, adapters))
+    return program.lower(*params, *_split(mesh, (ids, ids, noise, keys, pictures)), grid, jnp.zeros(2))  # pyright: ignore
 
 
 def rows_drawn(config: Config, mesh: Mesh) -> int:
