@@ -94,9 +94,8 @@ def batch_arrays(config: Config) -> tuple[str, tuple[str, ...]]:
     """What a batch holds, told and named: as the first example of the first source has it, or as is usual for such."""
     source, depth = config.data.sources[0], datasets.of_depth(config)
     kind, note = source.partition(":")[0], ""
-    names = (
-        ("image",) if kind in _PICTURES else ("latent_mean", "text_states", "picture_mean" if depth else "latent_std")
-    )
+    usual = ("latent_mean", "text_states", "picture_mean" if depth else "latent_std")
+    names = ("image",) if kind in _PICTURES else usual
     if kind != "shapes_world":
         try:
             names = tuple(open_source(source)[0])

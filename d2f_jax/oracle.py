@@ -20,7 +20,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from d2f_jax.chips import TPU, TPUS
-from d2f_jax.errors import InputError
+from d2f_jax.errors import InputError, SaveError
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -85,12 +85,12 @@ def topology(name: str, slices: int = 1) -> Topology:
     try:
         devices = topologies.get_topology_desc(name, "tpu", **options).devices
     except JaxRuntimeError as error:
-        raise InputError(f"--topology={name} x {slices} slices: {_line(error)}; give another shape") from error
+        raise InputError(f"--topology={name}: no shape of {slices} slices ({_line(error)}); give another") from error
     return Topology(name, slices, tpu, shape, devices)
 
 
 def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
-    """What the compiler says; from `cache` if it was asked the same before. Errors but a lack of HBM are raised."""
+    """What the compiler says; from `cache` if it was asked the same before. Raises SaveError."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     asked = [field.name for field in dataclasses.fields(Answer)]
@@ -100,10 +100,13 @@ def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
         return Answer(**json.loads(gzip.decompress(file.read_bytes())))
     print(f"compiling for {where.name}: seconds for tiny-sd, 5 to 30 minutes for Stable Diffusion", file=sys.stderr)
     answer = _compiled(lowered)
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode()))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode()))
+        part.replace(file)
+    except OSError as error:
+        raise SaveError(f"{file} cannot be written ({error.strerror}); let XDG_CACHE_HOME name a folder") from error
     return answer
 
 

@@ -96,21 +96,20 @@ def largest(make: Callable[[int], Plan], start: int) -> list[Plan]:
 
 
 def choices(plans: list[Plan], where: Topology) -> str:
-    """Markdown: what fits, and the flags of the first."""
-    rows = []
+    """Markdown: what fits, and all of the first with its flags."""
+    rows, first = [], plans[0]
     for plan in plans:
         times = plan.times()["estimated"]
-        rows.append([plan.remat, str(plan.batch_size), f"{plan.memory['needs'] / 2**30:.2f}"])
-        rows[-1] += [f"{times['images_per_second_per_chip']:.2f}", f"{times['chip_hours']:.1f}"]
-    usable = f"{where.tpu.usable_gib:.2f}"
+        told = [f"{plan.memory['needs'] / 2**30:.2f}", f"{times['images_per_second_per_chip']:.3g}"]
+        rows.append([plan.remat, str(plan.batch_size), *told])
     header = [
         "remat",
         "largest batch",
-        f"GiB of {usable}",
-        "images/s per chip, one operation after another",
-        "chip-hours",
+        f"GiB of {where.tpu.usable_gib}",
+        "images/s per chip, as the compiler estimates",
     ]
-    return report.markdown_table(header, rows) + "\n" + forecast.table(plans[0])
+    chosen = f"--batch_size={first.batch_size}" + (f" --config.remat={first.remat}" if first.program == "train" else "")
+    return f"{report.markdown_table(header, rows)}\n{chosen}\n\n{forecast.table(first)}"
 
 
 def _changed(config: Config, values: dict[str, int | str]) -> Config:

@@ -246,6 +246,7 @@ def test_search_tells_the_fastest_first(
     assert [(p.remat, p.batch_size) for p in plans] == [("blocks", 64), ("resnets", 16), ("attentions", 8)]
     rows = plan.choices(plans, topology()).splitlines()[2:5]
     assert [row.split("|")[1].strip() for row in rows] == ["blocks", "resnets", "attentions"]
+    assert "\n--batch_size=64 --config.remat=blocks\n" in plan.choices(plans, topology())
     assert "remat none, 1 images a device: " in capsys.readouterr().err
     most = dict.fromkeys(most, 7)
     with pytest.raises(InputError, match="not one image a device fits v5e:2x4; take larger chips, or a larger"):
@@ -313,5 +314,5 @@ def test_the_compiler_itself(model: Path) -> None:
         test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", *options, "--batch_size=9")
     )
     for shape in ("v5e:3x5", "v5e:0x2"):
-        with pytest.raises(InputError, match="give another shape"):
+        with pytest.raises(InputError, match=f"--topology={shape}: no shape of 1 slices .*; give another"):
             oracle.topology(shape)
