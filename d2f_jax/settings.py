@@ -80,7 +80,7 @@ _MOST = {
     "train.b2": 0.99999,
 }
 # What a run may change when it goes on: where it runs and what it tells, never what it computes.
-_FREE = (
+FREE = (
     "config.mesh.",
     "config.data.num_workers",
     "config.data.max_damaged",
@@ -213,7 +213,7 @@ def claim(workdir: Path, config: Config) -> None:
         except (ValueError, AttributeError) as error:
             raise InputError(f"{file} is damaged ({error}); restore it or give another --workdir") from error
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        differing = [key for key in differing if not key.startswith(_FREE)]
+        differing = [key for key in differing if not key.startswith(FREE)]
         if differing:
             told = ", ".join(f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)" for key in differing)
             raise InputError(f"workdir {workdir} belongs to another config: {told}; give another --workdir")

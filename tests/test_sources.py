@@ -178,16 +178,24 @@ def test_a_line_opens_a_source(tmp_path):
         np.testing.assert_array_equal(example["latent_mean"], np.full((2, 2, 4), 2))
 
 
+def test_a_colour_is_a_picture_and_its_name():
+    source = pickle.loads(pickle.dumps(open_source("uniform_colours:black,orange")))
+    assert [source[i]["text"] for i in range(len(source))] == ["a black image", "an orange image"]
+    for i, levels in enumerate([(0, 0, 0), (250, 128, 13)]):
+        assert (source[i]["image"] == levels).all()
+
+
 @pytest.mark.parametrize(
     "spec, told",
     [
         (
             "pictures",
             "'pictures' is not of the form kind:path.*; "
-            "kinds are array_record, hypersim, image_folder, tfds, vkitti2, webdataset",
+            "kinds are array_record, hypersim, image_folder, tfds, uniform_colours, vkitti2, webdataset",
         ),
         ("image_folder:", "is not of the form kind:path"),
-        ("zip:a", "no kind 'zip'; kinds are array_record, hypersim, image_folder, tfds, vkitti2, webdataset"),
+        ("zip:a", "no kind 'zip'; kinds are array_record, .*, uniform_colours, vkitti2, webdataset"),
+        ("uniform_colours:white,pink", "no colour 'pink'; colours are black, blue"),
         ("image_folder:a?size=3", "no option 'size'; image_folder has none"),
         ("tfds:a?split=x&txt=b", "no option 'txt'; options of tfds are data_dir, image, split, text"),
         ("tfds:a?split=x&split=y", "give the option 'split' one value, once"),

@@ -7,6 +7,7 @@ from typing import Any
 from d2f_jax.data.depth_files import Hypersim, VirtualKitti2
 from d2f_jax.data.sources import ImageFolder, Source
 from d2f_jax.data.tfds_source import TFDSSource
+from d2f_jax.data.uniform import UniformColours
 from d2f_jax.data.webdataset import WebDataset
 from d2f_jax.errors import InputError
 
@@ -19,6 +20,7 @@ def open_source(spec: str) -> Source:
         webdataset:shards/{000..099}.tar?latent_scale=0.18215
         hypersim:hypersim?split=train
         vkitti2:virtual_kitti_2
+        uniform_colours:black,white,grey
         tfds:coco_captions/2014?split=train&image=image&text=captions/text&data_dir=/data
 
     Raises `InputError` for a kind or option that is not known, and for what the source itself refuses.
@@ -63,6 +65,7 @@ _KINDS: dict[str, tuple[Callable[..., Source], dict[str, Callable]]] = {
     "hypersim": (Hypersim, {"split": str}),
     "image_folder": (ImageFolder, {}),
     "tfds": (TFDSSource, {"split": str, "image": str, "text": str, "data_dir": str}),
+    "uniform_colours": (UniformColours, {}),
     "vkitti2": (VirtualKitti2, {}),
     "webdataset": (WebDataset, {"latent_scale": float}),
 }

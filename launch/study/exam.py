@@ -1,0 +1,93 @@
+"""Text-to-image, judged on held-out captions of ShapesWorld: what is asked of a pipeline, and what it answers."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2f_jax import comparison, metrics, report, sampling
+from d2f_jax.alignment import Alignment
+from d2f_jax.comparison import Contender
+from d2f_jax.pipeline import Pipeline
+from d2f_jax.sampler import Sampler
+from d2f_jax.schedule import NoiseSchedule
+
+GUIDANCE = 3.0
+SHOWN = 4  # pictures of a strip
+
+
+@dataclasses.dataclass(frozen=True)
+class FromPureNoise(Sampler):
+    """Steps that begin at t = 0, before the last diffusion timestep's flow time, as the published code has them."""
+
+    def grid(
+        self, schedule: NoiseSchedule, how: Alignment, scheduler_config: Mapping[str, Any], num_steps: int
+    ) -> np.ndarray:
+        times = np.linspace(0, 1, num_steps + 1).astype(np.float32)
+        return sampling.pad_grid(times, max(64, 1 << (num_steps - 1).bit_length()) + 1)
+
+
+SAMPLERS = {
+    "Euler": Sampler("euler"),
+    "Euler from t = 0": FromPureNoise("euler"),
+    "Heun": Sampler("heun"),
+    "DDIM": Sampler("ddim"),
+    "DDIM on the flow grid": Sampler("ddim_on_flow_grid"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Pictures by one of SAMPLERS in so many steps; at `marks` of a run, or at each of them for ()."""
+
+    sampler: str
+    step_counts: tuple[int, ...]
+    marks: tuple[int, ...] = ()
+    guidance: float = GUIDANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Held-out captions and the statistics of their pictures; `seed` is of the noise."""
+
+    prompts: list[str]
+    reference: metrics.FeatureStatistics
+    classifier: metrics.ShapesClassifier
+    seed: int
+    pixels: int
+
+    def answers(
+        self, pipeline: Pipeline, questions: Sequence[Question], mark: int, strip: Path | None = None
+    ) -> dict[str, Any]:
+        """Scores by sampler and number of steps. Pictures of the first question are written to the file `strip`."""
+        told: dict[str, Any] = {}
+        for i, question in enumerate(questions):
+            if not question.marks or mark in question.marks:
+                scores, images = self._scores(pipeline, question)
+                told[question.sampler] = told.get(question.sampler, {}) | scores
+                if strip is not None and i == 0:
+                    strip.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(report.tile(images[:SHOWN], SHOWN)).save(strip)
+        return told
+
+    def judge(self, images_NxHxWx3: np.ndarray) -> dict[str, float]:
+        scores = metrics.shapes_scores(self.classifier, images_NxHxWx3, prompts=self.prompts, reference=self.reference)
+        return scores._asdict()
+
+    def _scores(self, pipeline: Pipeline, question: Question) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+        """By number of steps, and the pictures uint8 [N, H, W, 3] of the first of these."""
+        drawn = comparison.compare(
+            [Contender(question.sampler, pipeline, SAMPLERS[question.sampler])],
+            self.prompts,
+            step_counts=question.step_counts,
+            batch_size=64,
+            guidance_scale=question.guidance,
+            seed=self.seed,
+            image_size=self.pixels,
+            score=None,
+        )
+        (cells,) = drawn.images
+        return {str(n): self.judge(images) for n, images in zip(question.step_counts, cells, strict=True)}, cells[0]
