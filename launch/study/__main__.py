@@ -6,7 +6,7 @@ from absl import flags
 
 from d2f_jax import program
 from d2f_jax.errors import InputError
-from launch.study import cells, plan
+from launch.study import cells, plan, report
 from launch.study.bench import Bench, Size
 
 flags.FLAGS.set_default("workdir", "study")  # a flag of d2f_jax.train, whose steps these are
@@ -27,6 +27,7 @@ def main() -> None:
         if not wanted:
             raise InputError(f"--only={_ONLY.value} --skip={_SKIP.value}: no cell is left")
         cells.settle(wanted, planned, Bench(Path(flags.FLAGS.workdir), size), folder)
+    print(f"report: {report.write(size, planned, Path(_RESULTS.value))}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Resolution adaptation: how fast each objective brings the prior, made at 64 pixels, to 48."""
 
+from pathlib import Path
+
 from configs import text_to_image
+from d2f_jax import report
 from d2f_jax.program import Config
-from launch.study import training
+from launch.study import numbers, training
 from launch.study.bench import LATENTS, Size
 from launch.study.cells import Cell
-from launch.study.exam import Question
+from launch.study.exam import GUIDANCE, Question
+from launch.study.numbers import Claim, Known, Section, compared, told
 
 TRAINED = {"full": "", "LoRA": ":lora_base"}
+NAMES = {"full": "Whole UNet", "LoRA": "Adapters"}
 SAMPLERS = {
     "diff2flow": ("Euler",),
     "flow_matching": ("Euler",),
@@ -15,8 +20,16 @@ SAMPLERS = {
 }
 
 
+LABELS = {"diff2flow": "Diff2Flow", "flow_matching": "naive flow matching", "diffusion": "diffusion"}
+FRECHET = "frechet_distance"
+
+
+def cell(trained: str, objective: str) -> str:
+    return f"adapt-{trained.lower()}-{objective}"
+
+
 def name(trained: str, objective: str, seed: int) -> str:
-    return f"adapt-{trained.lower()}-{objective}-{seed}"
+    return f"{cell(trained, objective)}-{seed}"
 
 
 def cells(size: Size, seed: int) -> list[Cell]:
@@ -40,3 +53,131 @@ def run(size: Size, argument: str, seed: int, steps: int) -> Config:
     config.data.sources, config.data.num_train = (LATENTS,), size.scenes
     config.train.num_steps, config.train.batch_size = steps, size.batch_size
     return config
+
+
+def section(known: Known, pictures: Path) -> Section:
+    size, few, many = known.size, str(known.size.few), str(known.size.many)
+    marks = [str(mark) for mark in size.marks]
+    eighth, last = str(size.steps // 8), str(size.steps)
+    _draw(known, pictures / "adaptation.png", marks)
+    rows = {LABELS[objective]: known.strips(f"adapt-full-{objective}") for objective in SAMPLERS}
+    shown = numbers.picture_grid(rows, [f"step {mark}" for mark in marks], pictures / "adaptation_pictures.png")
+    text = f"""
+tiny-sd was made at 64 pixels and is finetuned at {size.pixels}, for {size.steps} steps of {size.batch_size}
+pictures: the whole UNet (rate 3e-4) or the paper's larger set of adapters (rate 1e-3), the same for every
+objective. Naive flow matching gets t itself as its timestep, as the paper's baseline. {size.images} pictures of
+held-out captions, guidance {GUIDANCE:g}.
+
+![Fréchet distance and caption accuracy by training step](study/adaptation.png)
+
+Fréchet distance with {few} steps of the sampler, by training step:
+
+{_table(known, marks, few, "frechet_distance", "{:.0f}")}
+Caption accuracy in percent, likewise:
+
+{_table(known, marks, few, "caption_accuracy", "{:.0%}")}
+Fréchet distance with {many} steps:
+
+{_table(known, ["0", eighth, last], many, "frechet_distance", "{:.0f}")}"""
+    if shown:
+        text += f"""
+The same captions and noise by training step, the whole UNet, {few} steps:
+
+![Pictures by training step](study/adaptation_pictures.png)
+"""
+    return Section("Resolution adaptation", text, [c for trained in TRAINED for c in _claims(known, trained)])
+
+
+def _claims(known: Known, trained: str) -> list[Claim]:
+    size, few = known.size, known.size.few
+    flow, naive = ({m: _of(known, trained, o, m, few) for m in size.marks} for o in ("diff2flow", "flow_matching"))
+    diffusion = {
+        mark: {
+            seed: min(value, _of(known, trained, "diffusion", mark, few, "DDIM")[seed])
+            for seed, value in _of(known, trained, "diffusion", mark, few).items()
+        }
+        for mark in size.marks
+    }
+    eighth, last = size.steps // 8, size.steps
+    share = {seed: (flow[0][seed] - flow[eighth][seed]) / (flow[0][seed] - flow[last][seed]) for seed in flow[last]}
+    later = [mark for mark in size.marks if mark >= eighth]
+    worse = {
+        seed: min(diffusion[mark][seed] / flow[mark][seed] for mark in later)
+        for seed in flow[last].keys() & diffusion[last].keys()
+    }
+    reaches = {
+        seed: next((m for m in size.marks if naive[m][seed] <= flow[eighth][seed]), None)
+        for seed in flow[last].keys() & naive[last].keys()
+    }
+    when = ", ".join(str(reached or f"not in {last}") for reached in reaches.values())
+    return [
+        Claim(
+            f"{NAMES[trained]}: Diff2Flow makes 95% of its improvement in an eighth of the steps",
+            [value >= 0.95 for value in share.values()],
+            f"{told(list(share.values()), '{:.0%}')} after {eighth} steps",
+        ),
+        Claim(
+            f"{NAMES[trained]}: naive flow matching is still behind at the end",
+            compared(naive[last], flow[last], lambda a, b: a > b),
+            f"{told(list(naive[last].values()))} against {told(list(flow[last].values()))} after {last} steps; "
+            f"it comes to what Diff2Flow has after {eighth} at step: {when or '-'}",
+        ),
+        Claim(
+            f"{NAMES[trained]}: diffusion, by the better of its samplers, is worse from an eighth of the steps on",
+            [value > 1 for value in worse.values()],
+            f"{told(list(diffusion[last].values()))} against {told(list(flow[last].values()))} after {last} steps; "
+            f"the least ratio on the way is {told(list(worse.values()), '{:.2f}')}",
+        ),
+    ]
+
+
+def _of(
+    known: Known,
+    trained: str,
+    objective: str,
+    mark: int | str,
+    steps: int | str,
+    sampler: str = "",
+    what: str = FRECHET,
+) -> dict[int, float]:
+    sampler = sampler or SAMPLERS[objective][0]
+    return known.of(cell(trained, objective), "curve", str(mark), sampler, str(steps), what)
+
+
+def _rows() -> list[tuple[str, str, str, str]]:
+    """Label, what is trained, objective and sampler."""
+    return [
+        (
+            f"{NAMES[trained]}, {LABELS[objective]}" + (f", {sampler}" if len(samplers) > 1 else ""),
+            trained,
+            objective,
+            sampler,
+        )
+        for trained in TRAINED
+        for objective, samplers in SAMPLERS.items()
+        for sampler in samplers
+    ]
+
+
+def _table(known: Known, marks: list[str], steps: str, what: str, form: str) -> str:
+    rows = [
+        [label, *(told(list(_of(known, trained, o, mark, steps, sampler, what).values()), form) for mark in marks)]
+        for label, trained, o, sampler in _rows()
+    ]
+    return report.markdown_table(["", *(f"step {mark}" for mark in marks)], rows)
+
+
+def _draw(known: Known, file: Path, marks: list[str]) -> None:
+    figure, axes = numbers.plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, layout="constrained")
+    for column, trained in enumerate(TRAINED):
+        for axis, what in zip(axes[:, column], (FRECHET, "caption_accuracy"), strict=True):
+            lines = [
+                (label, {mark: _of(known, of, o, mark, known.size.few, sampler, what) for mark in marks})
+                for label, of, o, sampler in _rows()
+                if of == trained
+            ]
+            numbers.curves(axis, lines, marks, logarithmic=what == FRECHET)
+            axis.set_ylabel(what.replace("_", " "))
+        axes[0, column].set_title(f"{NAMES[trained]}, {known.size.few} steps")
+        axes[1, column].set_xlabel("training step")
+    numbers.save(figure, file)

@@ -5,18 +5,22 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from d2f_jax import prior
+from d2f_jax import prior, report
 from d2f_jax.data import uniform
 from d2f_jax.pipeline import Pipeline
-from launch.study import adaptation, training
+from launch.study import adaptation, numbers, training
+from launch.study import cells as cells_of
+from launch.study.adaptation import LABELS
 from launch.study.bench import COLOUR_NAMES, COLOURS, LATENTS, Bench, Size
 from launch.study.cells import Cell, Result
-from launch.study.exam import SAMPLERS
+from launch.study.exam import GUIDANCE, SAMPLERS
+from launch.study.numbers import Claim, Known, Section, compared, told
 
 SHARE = 0.2  # of pictures of one colour in a batch; the others are ShapesWorld's
 NOISES = 16  # pictures of each colour
-GUIDANCES = (1.0, 3.0)
+GUIDANCES = (1.0, GUIDANCE)
 ASKED = {
     "diff2flow": ("Euler", "Euler from t = 0"),
     "flow_matching": ("Euler",),
@@ -41,7 +45,10 @@ def finetuned(size: Size, objective: str, seed: int) -> Cell:
 
     def compute(bench: Bench, folder: Path) -> Result:
         def judge(pipeline: Pipeline, mark: int) -> dict[str, Any]:
-            return ask(pipeline, size, objective, seed) if mark in marks else {}
+            if mark not in marks:
+                return {}
+            strip = folder / cells_of.STRIPS / f"{mark:06}.png" if seed == size.seeds[0] else None
+            return ask(pipeline, size, objective, seed, strip)
 
         curve = training.curve(bench, config, folder, judge)
         return {"curve": curve, "vae": vae_alone(prior.load(bench.placed(config)), size)}
@@ -58,8 +65,8 @@ def finetuned(size: Size, objective: str, seed: int) -> Cell:
     return Cell(name=name(objective, seed), settings=settings, compute=compute, minutes=4.0)
 
 
-def ask(pipeline: Pipeline, size: Size, objective: str, seed: int) -> dict[str, Any]:
-    """`{sampler: {steps: {guidance: {colour: numbers}}}}`."""
+def ask(pipeline: Pipeline, size: Size, objective: str, seed: int, strip: Path | None) -> dict[str, Any]:
+    """`{sampler: {steps: {guidance: {colour: numbers}}}}`; `strip` receives a picture of each colour, by many steps."""
     prompts = [uniform.caption(colour) for colour in COLOUR_NAMES for _ in range(NOISES)]
     seen = decoded(pipeline, size)
     told: dict[str, Any] = {}
@@ -81,6 +88,9 @@ def ask(pipeline: Pipeline, size: Size, objective: str, seed: int) -> dict[str, 
                     for colour, drawn in zip(COLOUR_NAMES, by_colour, strict=True)
                 }
                 told.setdefault(sampler, {}).setdefault(str(num_steps), {})[f"{guidance:g}"] = numbers
+                if strip is not None and (sampler, num_steps, guidance) == (ASKED[objective][0], size.many, GUIDANCE):
+                    strip.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(report.tile(by_colour[:, 0], len(COLOUR_NAMES))).save(strip)
     return told
 
 
@@ -112,3 +122,109 @@ def decoded(pipeline: Pipeline, size: Size) -> dict[str, np.ndarray]:
     images = pipeline.vae.decode(pipeline.vae.encode(jnp.asarray(plain / 127.5 - 1)).mean)
     seen = np.clip(np.asarray(images, np.float64) / 2 + 0.5, 0, 1) * 255
     return dict(zip(COLOUR_NAMES, seen, strict=True))
+
+
+def section(known: Known, pictures: Path) -> Section:
+    size, last, many = known.size, str(known.size.steps // 2), str(known.size.many)
+    guidance = f"{GUIDANCE:g}"
+    rows = {
+        f"{LABELS[o]}, step {mark}": [strip]
+        for o in ASKED
+        for mark, strip in zip((0, size.steps // 8, size.steps // 2), known.strips(f"colours-{o}"), strict=False)
+        if mark or o == "diff2flow"
+    }
+    shown = numbers.picture_grid(rows, [", ".join(COLOUR_NAMES)], pictures / "colours.png")
+
+    def table(what: str) -> str:
+        header = ["", *(label for label, _ in _columns(last)), "VAE alone"]
+        body = [
+            [
+                colour,
+                *(told(list(_of(known, *path, many, guidance, colour, what).values())) for _, path in _columns(last)),
+                told(list(_vae(known, what, colour).values())),
+            ]
+            for colour in (*COLOUR_NAMES, "all")
+        ]
+        return report.markdown_table(header, body)
+
+    text = f"""
+The captions are "a black image" and the like, which tiny-sd has never seen; {SHARE:.0%} of each batch are such
+pictures, the others ShapesWorld, for {last} steps. tiny-sd predicts v on Stable Diffusion's schedule, whose last
+timestep still holds 6.8% of the data: {NOISES} pictures of each colour begin with pure noise, whose mean says
+grey. Levels are of 255, with {many} steps and guidance {guidance}. The VAE is frozen and never saw such pictures
+either: encoded and decoded again, black is dark grey, so that the first table holds its error too.
+
+Mean absolute error against the colour:
+
+{table("error")}
+Against what the VAE makes of the colour, which is the denoiser's own error:
+
+{table("error_to_vae")}
+How much the brightness of pictures of one colour differs by their noise (standard deviation):
+
+{table("spread")}"""
+    if shown:
+        text += """
+One picture of each colour:
+
+![Pictures of one colour](study/colours.png)
+"""
+    return Section("Pictures of one colour", text, _claims(known, last, many))
+
+
+def _claims(known: Known, last: str, many: str) -> list[Claim]:
+    made = []
+    for guidance in (f"{g:g}" for g in GUIDANCES):
+        flow, diffusion, prior_itself = (
+            {seed: sum(v) / 2 for seed, v in _extremes(known, objective, mark, sampler, many, guidance).items()}
+            for objective, mark, sampler in (
+                ("diff2flow", last, "Euler"),
+                ("diffusion", last, "DDIM on the flow grid"),
+                ("diffusion", "0", "DDIM on the flow grid"),
+            )
+        )
+        made.append(
+            Claim(
+                f"Diff2Flow comes closer to black and white than diffusion does, guidance {guidance}",
+                compared(flow, diffusion, lambda a, b: a < b),
+                f"{told(list(flow.values()))} against {told(list(diffusion.values()))} levels from what the VAE makes "
+                f"of them, the prior {told(list(prior_itself.values()))}",
+            )
+        )
+    return made
+
+
+def _extremes(
+    known: Known, objective: str, mark: str, sampler: str, steps: str, guidance: str
+) -> dict[int, list[float]]:
+    """Errors of black and of white by seed."""
+    black, white = (
+        _of(known, objective, mark, sampler, steps, guidance, colour, "error_to_vae") for colour in ("black", "white")
+    )
+    return {seed: [black[seed], white[seed]] for seed in black}
+
+
+def _columns(last: str) -> list[tuple[str, tuple[str, str, str]]]:
+    """Label, and objective, mark and sampler."""
+    return [
+        ("prior", ("diffusion", "0", "DDIM")),
+        *((f"{LABELS[o]}, {sampler}", (o, last, sampler)) for o, samplers in ASKED.items() for sampler in samplers),
+    ]
+
+
+def _of(
+    known: Known, objective: str, mark: str, sampler: str, steps: str, guidance: str, colour: str, what: str
+) -> dict[int, float]:
+    place = ("curve", mark, sampler, steps, guidance)
+    if colour != "all":
+        return known.of(f"colours-{objective}", *place, colour, what)
+    found = [known.of(f"colours-{objective}", *place, each, what) for each in COLOUR_NAMES]
+    return {seed: sum(values[seed] for values in found) / len(found) for seed in found[0]}
+
+
+def _vae(known: Known, what: str, colour: str) -> dict[int, float]:
+    """It is the same for every seed: one of them."""
+    each = COLOUR_NAMES if colour == "all" else (colour,)
+    found = [known.of("colours-diff2flow", "vae", name, what) for name in each]
+    seed = min(found[0], default=None)
+    return {} if seed is None else {seed: sum(values[seed] for values in found) / len(found)}

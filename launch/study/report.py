@@ -1,0 +1,62 @@
+"""Writes results/study.md and its figures from the cells that are known."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2f_jax import report
+from launch.study import adaptation, alignments, cells, colours, cost, reflow
+from launch.study.bench import Size
+from launch.study.cells import Cell
+from launch.study.numbers import Known
+
+SECTIONS = (adaptation.section, alignments.section, reflow.section, colours.section, cost.section)
+
+
+def write(size: Size, plan: Sequence[Cell], results: Path) -> Path:
+    """A cell that is missing, or of other settings, is named and counts as not measured."""
+    pictures, folder = results / "study", results / "study" / "cells"
+    records = {cell.name: record for cell in plan if (record := cells.known(cell, folder)) is not None}
+    known = Known(size, records, folder)
+    sections = [section(known, pictures) for section in SECTIONS]
+    claims = [
+        [claim.text, claim.verdict, claim.numbers if claim.holds else ""]
+        for section in sections
+        for claim in section.claims
+    ]
+    text = _HEAD.format(seeds=len(size.seeds), images=size.images)
+    text += report.markdown_table(["claim", "here", "numbers"], claims)
+    text += "".join(f"\n## {section.title}\n{section.text}" for section in sections)
+    text += "\n## Cells\n\n" + _cells(plan, records)
+    file = results / "study.md"
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
+    return file
+
+
+_HEAD = """# The paper's claims on the embedded world
+
+What [Diff2Flow](https://arxiv.org/abs/2506.02221) claims of Stable Diffusion, measured on tiny-sd and ShapesWorld,
+5.6M parameters and pictures of 48 pixels: whether the mechanism does what it should, not how good large models
+become. `./launch/study.sh` computes the cells that are missing and writes this page; all its numbers and verdicts
+come from the records in [study/cells](study/cells).
+
+Numbers are mean ± standard deviation over {seeds} seeds, and so are bars; dots are single seeds. A seed has its
+own order of data, noise and times in training, and its own {images} held-out captions and noise in judging, which
+all objectives share: differences within a seed are surer than bars tell. A claim is judged seed by seed. The
+Fréchet distance is taken on the embedded classifier's features and biased by the number of pictures: compare it
+only within this page. Weights are the averaged ones.
+
+"""
+
+
+def _cells(plan: Sequence[Cell], records: dict) -> str:
+    missing = [cell.name for cell in plan if cell.name not in records]
+    told = f"{len(records)} of {len(plan)} are known."
+    if missing:
+        told += f" Missing: {', '.join(missing)}."
+    machines: dict[tuple[str, str], list[float]] = {}
+    for record in records.values():
+        machines.setdefault((record["device"], record["jax"]), []).append(record["seconds"])
+    rows = [[device, jax, str(len(s)), f"{sum(s) / 3600:.1f}"] for (device, jax), s in sorted(machines.items())]
+    return f"{told}\n\n" + report.markdown_table(["device", "jax", "cells", "hours"], rows)
