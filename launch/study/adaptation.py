@@ -60,7 +60,7 @@ def section(known: Known, pictures: Path) -> Section:
     marks = [str(mark) for mark in size.marks]
     eighth, last = str(size.steps // 8), str(size.steps)
     _draw(known, pictures / "adaptation.png", marks)
-    rows = {LABELS[objective]: known.strips(f"adapt-full-{objective}") for objective in SAMPLERS}
+    rows = {LABELS[objective]: known.strips(f"adapt-full-{objective}", size.pixels) for objective in SAMPLERS}
     shown = numbers.picture_grid(rows, [f"step {mark}" for mark in marks], pictures / "adaptation_pictures.png")
     text = f"""
 tiny-sd was made at 64 pixels and is finetuned at {size.pixels}, for {size.steps} steps of {size.batch_size}
@@ -144,7 +144,7 @@ def _of(
     return known.of(cell(trained, objective), "curve", str(mark), sampler, str(steps), what)
 
 
-def _rows() -> list[tuple[str, str, str, str]]:
+def contenders() -> list[tuple[str, str, str, str]]:
     """Label, what is trained, objective and sampler."""
     return [
         (
@@ -162,7 +162,7 @@ def _rows() -> list[tuple[str, str, str, str]]:
 def _table(known: Known, marks: list[str], steps: str, what: str, form: str) -> str:
     rows = [
         [label, *(told(list(_of(known, trained, o, mark, steps, sampler, what).values()), form) for mark in marks)]
-        for label, trained, o, sampler in _rows()
+        for label, trained, o, sampler in contenders()
     ]
     return report.markdown_table(["", *(f"step {mark}" for mark in marks)], rows)
 
@@ -173,7 +173,7 @@ def _draw(known: Known, file: Path, marks: list[str]) -> None:
         for axis, what in zip(axes[:, column], (FRECHET, "caption_accuracy"), strict=True):
             lines = [
                 (label, {mark: _of(known, of, o, mark, known.size.few, sampler, what) for mark in marks})
-                for label, of, o, sampler in _rows()
+                for label, of, o, sampler in contenders()
                 if of == trained
             ]
             numbers.curves(axis, lines, marks, logarithmic=what == FRECHET)

@@ -1,6 +1,7 @@
 """What the cells of the study share: its size, the rendered world, compiled programs, and where weights lie."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from d2f_jax import metrics, optim, prepare, prior, sharding, train
 from d2f_jax import step as steps
 from d2f_jax.data import prepared
 from d2f_jax.data.shapes_world import shapes_world
-from d2f_jax.data.sources import Source
+from d2f_jax.data.sources import Example
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from launch.study.exam import Exam
 
-LATENTS, COLOURS = "latents", "colours"  # folders of the workdir: encoded ShapesWorld, and pictures of one colour
+LATENTS, DEPTHS, COLOURS = "latents", "depths", "colours"
+"""Folders of the workdir: ShapesWorld encoded, its depth beside its pictures, and pictures of one colour."""
 COLOUR_NAMES = ("black", "white", "grey", "red", "orange", "yellow", "green", "cyan", "blue", "purple")
 
 
@@ -29,11 +31,12 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "tiny-sd"
     pixels: int = 48
+    depth_pixels: int = 64  # where depth is told, and where tiny-sd was made
     scenes: int = 4096  # to train on
     pairs: int = 4096  # for reflow
     steps: int = 800  # of a run of resolution adaptation; the others take half as many
     batch_size: int = 32
-    images: int = 256  # in each score
+    images: int = 256  # in each score of text-to-image; of depth half as many
     few: int = 4  # steps of a sampler
     many: int = 25
 
@@ -76,26 +79,26 @@ class Bench:
         config.data.sources = tuple(f"array_record:{self._encoded(folder)}" for folder in config.data.sources)
         return config
 
-    def captioned(self) -> Config:
+    def rendered(self, pixels: int) -> Config:
         """A config whose data is ShapesWorld as it is rendered."""
         config: Config = quickstart.get_config()
-        config.model, config.data.image_size = self.size.model, self.size.pixels
+        config.model, config.data.image_size = self.size.model, pixels
         config.data.sources = (f"shapes_world:{self.workdir / 'world'}",)
         config.data.num_train = self.size.scenes
         config.data.num_validation = self.size.images * len(self.size.seeds)
         return config
 
-    def held_out(self) -> Source:
-        """Scenes that no run is trained on, as many for each seed."""
-        data = self.captioned().data
+    def held_out(self, seed: int, pixels: int) -> list[Example]:
+        """Scenes that no run is trained on, others for each seed: error bars hold that chance too."""
+        data, first = self.rendered(pixels).data, self.size.seeds.index(seed) * self.size.images
         counts = {"num_train": data.num_train, "num_validation": data.num_validation}
-        return shapes_world(self.workdir / "world", size=data.image_size, split="validation", **counts)
+        world = shapes_world(self.workdir / "world", size=pixels, split="validation", **counts)
+        return [world[first + i] for i in range(self.size.images)]
 
     def exam(self, seed: int) -> Exam:
-        """Each seed is asked other captions and begins with other noise: error bars hold that chance too."""
+        """Each seed is asked its own captions, and begins with its own noise."""
         if seed not in self._exams:
-            world, place = self.held_out(), self.size.seeds.index(seed) * self.size.images
-            examples = [world[place + i] for i in range(self.size.images)]
+            examples = self.held_out(seed, self.size.pixels)
             images = np.stack([example["image"] for example in examples if "image" in example])
             classifier = metrics.load_classifier()
             self._exams[seed] = Exam(
@@ -118,16 +121,18 @@ class Bench:
 
     def sampling(self, pipeline: Pipeline) -> Pipeline:
         """The pipeline without its parameters, and with the programs that were compiled for one like it."""
-        key = pipeline.alignment, tuple(sorted((k, str(v)) for k, v in pipeline.scheduler_config.items()))
+        scheduler = json.dumps(pipeline.scheduler_config, sort_keys=True)
+        key = pipeline.alignment, pipeline.task, scheduler
         if key not in self._pipelines:
             self._pipelines[key] = dataclasses.replace(prior.hollow(pipeline), mesh=self.mesh)
         return self._pipelines[key]
 
     def _encoded(self, name: str) -> Path:
-        """The folder of LATENTS or COLOURS, or one that a cell has filled."""
+        """The folder of LATENTS, DEPTHS or COLOURS, or one that a cell has filled."""
         folder = self.workdir / name
-        if name in (LATENTS, COLOURS) and not (folder / prepared.MANIFEST).exists():
-            config = self.captioned()
+        if name in (LATENTS, DEPTHS, COLOURS) and not (folder / prepared.MANIFEST).exists():
+            config = self.rendered(self.size.depth_pixels if name == DEPTHS else self.size.pixels)
+            config.task.name = "image_to_depth" if name == DEPTHS else "text_to_image"
             if name == COLOURS:
                 config.data.sources = (f"uniform_colours:{','.join(COLOUR_NAMES)}",)
             prepare.prepare(config, folder, prepare.Options(batch_size=32))

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from d2f_jax import prior, report
 from d2f_jax.data import uniform
@@ -15,7 +14,7 @@ from launch.study import cells as cells_of
 from launch.study.adaptation import LABELS
 from launch.study.bench import COLOUR_NAMES, COLOURS, LATENTS, Bench, Size
 from launch.study.cells import Cell, Result
-from launch.study.exam import GUIDANCE, SAMPLERS
+from launch.study.exam import GUIDANCE, SAMPLERS, keep
 from launch.study.numbers import Claim, Known, Section, compared, told
 
 SHARE = 0.2  # of pictures of one colour in a batch; the others are ShapesWorld's
@@ -89,8 +88,7 @@ def ask(pipeline: Pipeline, size: Size, objective: str, seed: int, strip: Path |
                 }
                 told.setdefault(sampler, {}).setdefault(str(num_steps), {})[f"{guidance:g}"] = numbers
                 if strip is not None and (sampler, num_steps, guidance) == (ASKED[objective][0], size.many, GUIDANCE):
-                    strip.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(report.tile(by_colour[:, 0], len(COLOUR_NAMES))).save(strip)
+                    keep(strip, by_colour[:, 0])
     return told
 
 
@@ -130,7 +128,9 @@ def section(known: Known, pictures: Path) -> Section:
     rows = {
         f"{LABELS[o]}, step {mark}": [strip]
         for o in ASKED
-        for mark, strip in zip((0, size.steps // 8, size.steps // 2), known.strips(f"colours-{o}"), strict=False)
+        for mark, strip in zip(
+            (0, size.steps // 8, size.steps // 2), known.strips(f"colours-{o}", size.pixels), strict=False
+        )
         if mark or o == "diff2flow"
     }
     shown = numbers.picture_grid(rows, [", ".join(COLOUR_NAMES)], pictures / "colours.png")

@@ -71,7 +71,7 @@ def compiled(bench: Bench, given) -> Compiled:
     pipeline = prior.load(config)
     networks, frozen, trained = prior.split(pipeline, config)
     step = bench.step(config, networks, pipeline)
-    data = datasets.open_data(config.data, bench.workdir, pipeline, datasets.open_given(config.data))
+    data = datasets.open_data(config, bench.workdir, pipeline, datasets.open_given(config))
     state, frozen = prior.place(bench.mesh, trained, frozen, step.optimizer, jax.random.key(config.seed))
     with contextlib.closing(data.train_batches(config, bench.mesh, 0)) as batches:
         batch = next(itertools.islice(batches, 1))

@@ -1,22 +1,23 @@
 """Text-to-image, judged on held-out captions of ShapesWorld: what is asked of a pipeline, and what it answers."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from d2f_jax import comparison, metrics, report, sampling
+from d2f_jax import metrics, report, sampling
 from d2f_jax.alignment import Alignment
-from d2f_jax.comparison import Contender
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
 
 GUIDANCE = 3.0
 SHOWN = 4  # pictures of a strip
+BATCH = 64  # pictures drawn at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,7 @@ class Exam:
                 scores, images = self._scores(pipeline, question)
                 told[question.sampler] = told.get(question.sampler, {}) | scores
                 if strip is not None and i == 0:
-                    strip.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(report.tile(images[:SHOWN], SHOWN)).save(strip)
+                    keep(strip, images[:SHOWN])
         return told
 
     def judge(self, images_NxHxWx3: np.ndarray) -> dict[str, float]:
@@ -79,15 +79,38 @@ class Exam:
 
     def _scores(self, pipeline: Pipeline, question: Question) -> tuple[dict[str, dict[str, float]], np.ndarray]:
         """By number of steps, and the pictures uint8 [N, H, W, 3] of the first of these."""
-        drawn = comparison.compare(
-            [Contender(question.sampler, pipeline, SAMPLERS[question.sampler])],
-            self.prompts,
-            step_counts=question.step_counts,
-            batch_size=64,
-            guidance_scale=question.guidance,
-            seed=self.seed,
-            image_size=self.pixels,
-            score=None,
-        )
-        (cells,) = drawn.images
-        return {str(n): self.judge(images) for n, images in zip(question.step_counts, cells, strict=True)}, cells[0]
+        drawn = {
+            n: sampled(
+                lambda rows, n=n: pipeline(
+                    [self.prompts[i] for i in rows],
+                    num_steps=n,
+                    guidance_scale=question.guidance,
+                    seed=self.seed,
+                    first=rows[0],
+                    height=self.pixels,
+                    width=self.pixels,
+                    sampler=SAMPLERS[question.sampler],
+                ),
+                len(self.prompts),
+                f"{question.sampler}, {n} steps",
+            )
+            for n in question.step_counts
+        }
+        return {str(n): self.judge(images) for n, images in drawn.items()}, next(iter(drawn.values()))
+
+
+def keep(strip: Path, images_NxHxWx3: np.ndarray) -> None:
+    """Writes pictures side by side."""
+    strip.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(report.tile(images_NxHxWx3, len(images_NxHxWx3))).save(strip)
+
+
+def sampled(draw: Callable[[range], np.ndarray], count: int, told: str) -> np.ndarray:
+    """`draw` of all rows, a batch at a time, with a bar that is `told`."""
+    with tqdm(total=count, desc=told, unit="image", leave=False) as bar:
+        batches = []
+        for first in range(0, count, BATCH):
+            rows = range(first, min(first + BATCH, count))
+            batches.append(draw(rows))
+            bar.update(len(rows))
+    return np.concatenate(batches)

@@ -64,13 +64,13 @@ class Known:
     def told(self, cell: str, *path: str, form: str = "{:.1f}") -> str:
         return told(list(self.of(cell, *path).values()), form)
 
-    def strips(self, cell: str) -> list[np.ndarray]:
+    def strips(self, cell: str, pixels: int) -> list[np.ndarray]:
         """Rows of pictures that the first seed's run has left, one for each mark."""
         file = self.folder / f"{cell}-{self.size.seeds[0]}.png"
         if not file.exists():
             return []
         sheet = np.asarray(Image.open(file))
-        return np.split(sheet, range(self.size.pixels, len(sheet), self.size.pixels))
+        return np.split(sheet, range(pixels, len(sheet), pixels))
 
 
 def told(values: Sequence[float], form: str = "{:.1f}") -> str:

@@ -1,6 +1,6 @@
 """All cells of the study, in the order in which they are computed."""
 
-from launch.study import adaptation, alignments, colours, cost, reflow
+from launch.study import adaptation, alignments, colours, cost, depth, reflow
 from launch.study.bench import Size
 from launch.study.cells import Cell
 
@@ -10,7 +10,7 @@ def cells(size: Size) -> list[Cell]:
     by_seed = [
         cell
         for seed in size.seeds
-        for part in (adaptation, alignments, reflow, colours)
+        for part in (adaptation, alignments, reflow, depth, colours)
         for cell in part.cells(size, seed)
     ]
     return [*by_seed, cost.cell(size)]

@@ -75,7 +75,7 @@ def make_pairs(bench: Bench, folder: Path, teacher: str, seed: int, made: dict[s
         shutil.rmtree(folder, ignore_errors=True)
         records.write(note, made)
     if not (folder / prepared.MANIFEST).exists():
-        config = bench.captioned()
+        config = bench.rendered(bench.size.pixels)
         config.model, config.seed = str(bench.weights(teacher)), seed
         config.reflow.update(how(bench.size))
         pairing.reflow(config, folder, prepare.Options(latents="mean", batch_size=32))
@@ -87,7 +87,7 @@ def solvers(size: Size, objective: str, seed: int) -> Cell:
 
     def compute(bench: Bench, _folder: Path) -> Result:
         exam, folder = bench.exam(seed), bench.weights(trained)
-        config = bench.captioned()
+        config = bench.rendered(bench.size.pixels)
         # The prior's own scheduler: DDIM's timesteps are those of the model as it came.
         pipeline = dataclasses.replace(prior.load(config), unet=weights.load_unet(folder)).on_mesh(bench.mesh)
         told = exam.answers(pipeline, [Question(sampler, STEPS) for sampler in SOLVERS[objective]], 0)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2f_jax import report
-from launch.study import adaptation, alignments, cells, colours, cost, reflow
+from launch.study import adaptation, alignments, cells, colours, cost, depth, reflow
 from launch.study.bench import Size
 from launch.study.cells import Cell
 from launch.study.numbers import Known
 
-SECTIONS = (adaptation.section, alignments.section, reflow.section, colours.section, cost.section)
+SECTIONS = (adaptation.section, alignments.section, reflow.section, depth.section, colours.section, cost.section)
 
 
 def write(size: Size, plan: Sequence[Cell], results: Path) -> Path:

@@ -79,7 +79,7 @@ def curve(bench: Bench, given: Config, folder: Path, judge: Judge, leave: str = 
     pipeline = prior.load(config)
     networks, frozen, trained = prior.split(pipeline, config)
     step = bench.step(config, networks, pipeline)
-    data = datasets.open_data(config.data, folder, pipeline, datasets.open_given(config.data))
+    data = datasets.open_data(config, folder, pipeline, datasets.open_given(config))
     state, frozen = prior.place(bench.mesh, trained, frozen, step.optimizer, jax.random.key(config.seed))
     del trained  # a part of the state now
     hollow = bench.sampling(pipeline)
