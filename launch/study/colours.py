@@ -125,14 +125,8 @@ def decoded(pipeline: Pipeline, size: Size) -> dict[str, np.ndarray]:
 def section(known: Known, pictures: Path) -> Section:
     size, last, many = known.size, str(known.size.steps // 2), str(known.size.many)
     guidance = f"{GUIDANCE:g}"
-    rows = {
-        f"{LABELS[o]}, step {mark}": [strip]
-        for o in ASKED
-        for mark, strip in zip(
-            (0, size.steps // 8, size.steps // 2), known.strips(f"colours-{o}", size.pixels), strict=False
-        )
-        if mark or o == "diff2flow"
-    }
+    strips = {o: known.strips(f"colours-{o}", size.pixels) for o in ASKED}
+    rows = {"prior": strips["diffusion"][:1]} | {LABELS[o]: strip[-1:] for o, strip in strips.items()}
     shown = numbers.picture_grid(rows, [", ".join(COLOUR_NAMES)], pictures / "colours.png")
 
     def table(what: str) -> str:
