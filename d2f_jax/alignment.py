@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from d2f_jax.errors import InputError
-from d2f_jax.flow import per_example
+from d2f_jax.flow import LINEAR, Path, PathName, per_example
 from d2f_jax.schedule import NoiseSchedule
 
 Convention = Literal["exact", "reference"]
@@ -92,6 +92,8 @@ class Alignment:
     `timestep`: the network gets `diffusion_timestep`; otherwise `T (1 - t)` or, with `raw_time`, t itself.
     `state`: the network sees `to_diffusion` of the flow's state; otherwise the state as it is.
     `velocity`: the network's prediction is turned into a velocity; otherwise it is the velocity.
+    `path` and `sigma_min` are the flow's own. Raises InputError for others than the linear path, without a width, with
+    any of the three.
     """
 
     timestep: bool = True
@@ -99,6 +101,19 @@ class Alignment:
     velocity: bool = True
     raw_time: bool = False
     convention: Convention = "exact"
+    path: PathName = "linear"
+    sigma_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.flow_path != LINEAR and (self.timestep or self.state or self.velocity):
+            raise InputError(
+                f"path={self.path}, sigma_min={self.sigma_min}: only the linear path with sigma_min=0 can be aligned "
+                "with diffusion; use it, or align nothing, which is flow_matching"
+            )
+
+    @property
+    def flow_path(self) -> Path:
+        return Path(self.path, self.sigma_min)
 
     @property
     def complete(self) -> bool:

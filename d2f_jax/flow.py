@@ -1,26 +1,74 @@
-"""The flow: a straight path from noise at t = 0 to data at t = 1."""
+"""The flow: a path from noise at t = 0 to data at t = 1, straight unless said otherwise."""
 
 import dataclasses
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from d2f_jax.errors import InputError
+
+PathName = Literal["linear", "gvp"]
 Times = TypeVar("Times", jax.Array, np.ndarray)
 
 
-def interpolate(x_1: jax.Array, x_0: jax.Array, t: ArrayLike) -> jax.Array:
-    """`t x_1 + (1 - t) x_0`; `t` is a scalar or [B] for data `x_1` and noise `x_0` [B, ...]. float32."""
+class PathPoint(NamedTuple):
+    """Shares of data and noise at a time, and their derivatives by time."""
+
+    alpha: jax.Array
+    sigma: jax.Array
+    d_alpha: jax.Array
+    d_sigma: jax.Array
+
+    @property
+    def wronskian(self) -> jax.Array:
+        """`alpha' sigma - alpha sigma'`: 1 on the linear path, pi/2 on "gvp"."""
+        return self.d_alpha * self.sigma - self.alpha * self.d_sigma
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """`x_t = alpha x_1 + sigma x_0 + sigma_min z`, with standard normal z.
+
+    "linear" has alpha = t, sigma = 1 - t; "gvp" alpha = sin(pi t/2), sigma = cos(pi t/2), which keeps the variance
+    where it is 1 at both ends (SiT, arXiv 2401.08740, section 2). `sigma_min`, of the linear path alone, is the width
+    around each straight line (arXiv 2302.00482, equation 14), and does not move: the velocity is the same. Raises
+    InputError for both together.
+    """
+
+    name: PathName = "linear"
+    sigma_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sigma_min and self.name != "linear":
+            raise InputError(f"sigma_min={self.sigma_min} is of the linear path; use 0 for {self.name}")
+
+    def at(self, t: jax.Array) -> PathPoint:
+        match self.name:
+            case "linear":
+                return PathPoint(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
+            case "gvp":
+                sin, cos, quarter = jnp.sin(jnp.pi / 2 * t), jnp.cos(jnp.pi / 2 * t), jnp.pi / 2
+                return PathPoint(sin, cos, quarter * cos, -quarter * sin)
+
+
+LINEAR = Path()
+
+
+def interpolate(x_1: jax.Array, x_0: jax.Array, t: ArrayLike, path: Path = LINEAR) -> jax.Array:
+    """`alpha x_1 + sigma x_0`; `t` is a scalar or [B] for data `x_1` and noise `x_0` [B, ...]. float32."""
     x_1, x_0 = jnp.asarray(x_1, jnp.float32), jnp.asarray(x_0, jnp.float32)
-    t = per_example(t, x_1)
-    return t * x_1 + (1 - t) * x_0
+    point = path.at(per_example(t, x_1))
+    return point.alpha * x_1 + point.sigma * x_0
 
 
-def velocity_target(x_1: jax.Array, x_0: jax.Array) -> jax.Array:
-    """`x_1 - x_0`, the derivative of the path, in float32."""
-    return jnp.asarray(x_1, jnp.float32) - jnp.asarray(x_0, jnp.float32)
+def velocity_target(x_1: jax.Array, x_0: jax.Array, t: ArrayLike, path: Path = LINEAR) -> jax.Array:
+    """The derivative of the path, `x_1 - x_0` of the linear one, in float32."""
+    x_1, x_0 = jnp.asarray(x_1, jnp.float32), jnp.asarray(x_0, jnp.float32)
+    point = path.at(per_example(t, x_1))
+    return point.d_alpha * x_1 + point.d_sigma * x_0
 
 
 @dataclasses.dataclass(frozen=True)

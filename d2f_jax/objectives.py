@@ -42,12 +42,14 @@ def loss(
     x_0: jax.Array,
     t_B: jax.Array,
     valid_BxHxWx1: jax.Array | None = None,
+    path_noise: jax.Array | None = None,
 ) -> jax.Array:
-    """The objective's loss [B] at flow times `t_B`."""
+    """The objective's loss [B] at flow times `t_B`; a path with `sigma_min` needs `path_noise`, normal like `x_0`."""
     match objective.name:
         case "diff2flow" | "flow_matching":
-            field = alignment.velocity_field(schedule, predict, objective.alignment)
-            return flow_matching(field, x_1, x_0, t_B, valid_BxHxWx1)
+            how = objective.alignment
+            field = alignment.velocity_field(schedule, predict, how)
+            return flow_matching(field, x_1, x_0, t_B, valid_BxHxWx1, how.flow_path, path_noise)
         case "diffusion":
             tau_B = discrete_timestep(schedule, t_B)
             return diffusion(schedule, predict, x_1, x_0, tau_B, objective.min_snr_gamma, valid_BxHxWx1)
@@ -59,13 +61,19 @@ def flow_matching(
     x_0: jax.Array,
     t_B: jax.Array,
     valid_BxHxWx1: jax.Array | None = None,
+    path: flow.Path = flow.LINEAR,
+    path_noise: jax.Array | None = None,
 ) -> jax.Array:
-    """Squared error [B] of a velocity field (arXiv 2210.02747, equation 23, with sigma_min = 0).
+    """Squared error [B] of a velocity field along `path` (arXiv 2302.00482, equation 10).
 
     With the aligned field of a diffusion network it is Diff2Flow's objective (arXiv 2506.02221, section 3): the network
     sees the diffusion state and timestep that correspond to flow time, and only what is asked of its prediction is new.
     """
-    error = velocity(flow.interpolate(x_1, x_0, t_B), t_B) - flow.velocity_target(x_1, x_0)
+    x_t = flow.interpolate(x_1, x_0, t_B, path)
+    if path.sigma_min:
+        assert path_noise is not None, "a path with sigma_min needs its noise"
+        x_t += path.sigma_min * path_noise
+    error = velocity(x_t, t_B) - flow.velocity_target(x_1, x_0, t_B, path)
     return _mean(error**2, valid_BxHxWx1)
 
 

@@ -118,7 +118,8 @@ class Sampler:
             case "dopri5":
                 return sampling.solve_adaptive(field, x, grid[0], grid[-1], rtol=self.rtol, atol=self.atol)
             case "sde_euler" | "sde_heun":
-                return sde.solve(self.sde, field, x, grid, keys_B, "euler" if self.name == "sde_euler" else "heun")
+                solver = "euler" if self.name == "sde_euler" else "heun"
+                return sde.solve(self.sde, field, x, grid, keys_B, solver, how.flow_path)
             case "euler" | "heun" | "midpoint" | "rk4":
                 return sampling.solve(field, x, grid, self.name)
 

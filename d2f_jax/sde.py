@@ -1,6 +1,6 @@
 """Random samplers of a flow: noise that is taken away is put back, and the same distribution is reached at every time.
 
-With score(x, t) of the straight path, `dx = (u + w score) dt + sqrt(2 w) dW` has the marginals of `dx = u dt` for any
+With score(x, t) of a path, `dx = (u + w score) dt + sqrt(2 w) dW` has the marginals of `dx = u dt` for any
 w(t) >= 0 (SiT, arXiv 2401.08740, equation 8). A step goes from t to a larger t; the last one adds no noise.
 """
 
@@ -14,10 +14,11 @@ from jax.typing import ArrayLike
 
 from d2f_jax import flow
 from d2f_jax.errors import InputError
+from d2f_jax.flow import LINEAR, Path
 from d2f_jax.sampling import Velocity, step_noise
 
 LastStep = Literal["mean", "euler", "none"]
-Form = Literal["constant", "SBDM", "sigma", "decreasing", "increasing-decreasing"]
+Form = Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,18 @@ class SDE:
     last_step_size: float = 0.04
 
 
-def diffusion_weight(sde: SDE, t: ArrayLike) -> jax.Array:
-    """w(t), float32. "SBDM" is the variance-preserving diffusion's own, infinite at t = 0."""
+def diffusion_weight(sde: SDE, t: ArrayLike, path: Path = LINEAR) -> jax.Array:
+    """w(t), float32. "SBDM" is that of the diffusion with the same marginals, infinite at t = 0."""
     t = jnp.asarray(t, jnp.float32)
+    point = path.at(t)
     match sde.form:
         case "constant":
             return jnp.full_like(t, sde.norm)
         case "SBDM":
-            return sde.norm * (1 - t) / t
+            return sde.norm * point.wronskian * point.sigma / point.alpha
         case "sigma":
+            return sde.norm * point.sigma
+        case "linear":
             return sde.norm * (1 - t)
         case "decreasing":
             return 0.25 * (sde.norm * jnp.cos(jnp.pi * t) + 1) ** 2
@@ -50,10 +54,15 @@ def diffusion_weight(sde: SDE, t: ArrayLike) -> jax.Array:
             return sde.norm * jnp.sin(jnp.pi * t) ** 2
 
 
-def score(velocity: jax.Array, x: jax.Array, t: ArrayLike) -> jax.Array:
-    """Gradient of the log density of x_t: minus the expected noise over its size, `(t u - x)/(1 - t)`."""
-    t = jnp.asarray(t, jnp.float32)
-    return (t * velocity - x) / (1 - t)
+def score(velocity: jax.Array, x: jax.Array, t: ArrayLike, path: Path = LINEAR) -> jax.Array:
+    """Gradient of the log density of x_t, `(t u - x)/(1 - t)` of the linear path.
+
+    It is minus the expected noise `sigma x_0 + sigma_min z` over its variance. Both parts of the noise are expected in
+    proportion to their variances, and `alpha u - alpha' x` is free of the data.
+    """
+    point = path.at(jnp.asarray(t, jnp.float32))
+    size = point.wronskian * point.sigma + point.d_alpha * path.sigma_min**2
+    return (point.alpha * velocity - point.d_alpha * x) / size
 
 
 def grid(sde: SDE, first: float, num_steps: int, shift: float = 1.0) -> np.ndarray:
@@ -82,6 +91,7 @@ def solve(
     grid: jax.Array,
     keys_B: jax.Array,
     solver: Literal["euler", "heun"] = "euler",
+    path: Path = LINEAR,
 ) -> jax.Array:
     """Steps of Euler and Maruyama, or SiT's stochastic Heun, along `grid` (see `grid`), perhaps padded.
 
@@ -95,14 +105,14 @@ def solve(
         t, h, last = grid[i], grid[i + 1] - grid[i], i == count - 1
         silent = last & (sde.last_step != "none")
         along_flow = last & (sde.last_step == "euler")
-        gain = jnp.where(silent, 0, jnp.sqrt(2 * diffusion_weight(sde, t) * h))
+        gain = jnp.where(silent, 0, jnp.sqrt(2 * diffusion_weight(sde, t, path) * h))
         noisy = x + gain * step_noise(keys_B, i, x.shape[1:])
         base = {"euler": x, "heun": noisy}[solver]
 
         def stage(j: jax.Array, slopes: jax.Array) -> jax.Array:
             y, t_j = base + j * h * slopes[0], t + j * h
             u = velocity(y, t_j)
-            drift = jnp.where(along_flow, u, u + diffusion_weight(sde, t_j) * score(u, y, t_j))
+            drift = jnp.where(along_flow, u, u + diffusion_weight(sde, t_j, path) * score(u, y, t_j, path))
             return slopes.at[j].set(drift)
 
         # At data there is no score to look at: the last step has one stage.

@@ -6,10 +6,9 @@ from typing import Any, get_args
 
 from jax.sharding import Mesh
 
-from d2f_jax import distributed, metrics, objectives, optim, sharding
+from d2f_jax import distributed, flow, metrics, objectives, optim, sharding
 from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.errors import InputError
-from d2f_jax.flow import TimeDistribution
 from d2f_jax.models.unet import Remat
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
@@ -18,6 +17,7 @@ from d2f_jax.task import Task
 _CHOICES = {
     "objective.name": get_args(objectives.Name),
     "objective.convention": get_args(Convention),
+    "objective.path": get_args(flow.PathName),
     "objective.times": ("uniform", "logit_normal"),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": get_args(Remat),
@@ -33,6 +33,7 @@ _CHOICES = {
 _LORA_GROUPS = ("self_attention", "cross_attention", "conv", "mlp")
 _LEAST = {
     "seed": 0,
+    "objective.sigma_min": 0,
     "objective.logit_std": 1e-9,
     "objective.shift": 1e-9,
     "objective.min_snr_gamma": 0,
@@ -161,9 +162,13 @@ def make_objective(config: Config) -> objectives.Objective:
     return objectives.Objective(
         name=o.name,
         alignment=Alignment(
-            **{what: what in align for what in all_three}, raw_time=o.raw_time, convention=o.convention
+            **{what: what in align for what in all_three},
+            raw_time=o.raw_time,
+            convention=o.convention,
+            path=o.path,
+            sigma_min=o.sigma_min,
         ),
-        times=TimeDistribution(name=o.times, mean=o.logit_mean, std=o.logit_std, shift=o.shift),
+        times=flow.TimeDistribution(name=o.times, mean=o.logit_mean, std=o.logit_std, shift=o.shift),
         min_snr_gamma=o.min_snr_gamma,
     )
 

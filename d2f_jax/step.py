@@ -89,6 +89,7 @@ class Draws:
     posterior_noise: jax.Array
     x_0: jax.Array
     t_B: jax.Array
+    path_noise: jax.Array
 
 
 def init_state(trained: Any, optimizer: optax.GradientTransformation, root_key: jax.Array) -> TrainState:
@@ -134,7 +135,7 @@ def make_loss(
         def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
             return unet(options.task.network_input(dm_x, picture), tau_B, found.text_states)
 
-        return objectives.loss(options.objective, schedule, predict, x_1, x_0, draws.t_B, found.valid)
+        return objectives.loss(options.objective, schedule, predict, x_1, x_0, draws.t_B, found.valid, draws.path_noise)
 
     return loss
 
@@ -243,7 +244,9 @@ def draw(key: jax.Array, times: flow.TimeDistribution, networks: Networks, froze
     posterior_key, noise_key, time_key = jax.random.split(key, 3)
     shape = latent_shape(networks, frozen, batch)
     x_0 = batch["noise"] if "noise" in batch else jax.random.normal(noise_key, shape)
-    return Draws(jax.random.normal(posterior_key, shape), x_0, flow.sample_times(time_key, shape[:1], times))
+    path_noise = jax.random.normal(jax.random.fold_in(noise_key, 1), shape)
+    posterior_noise, t_B = jax.random.normal(posterior_key, shape), flow.sample_times(time_key, shape[:1], times)
+    return Draws(posterior_noise, x_0, t_B, path_noise)
 
 
 def latent_shape(networks: Networks, frozen: Frozen, batch: Batch) -> tuple[int, ...]:

@@ -32,14 +32,16 @@ def make_validation_loss(
         shape = steps.latent_shape(networks, frozen, batch)[1:]
 
         def of_bin(i: jax.Array) -> jax.Array:
-            def drawn(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def drawn(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
                 noise_key, time_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, index), i))
-                return jax.random.normal(noise_key, shape), (i + jax.random.uniform(time_key)) / BINS
+                t = (i + jax.random.uniform(time_key)) / BINS
+                path_noise = jax.random.normal(jax.random.fold_in(noise_key, 1), shape)
+                return jax.random.normal(noise_key, shape), t, path_noise
 
             root = jax.random.key(seed)
-            x_0, t_B = sharding.split_rows(mesh, jax.vmap(drawn)(jnp.asarray(index_B)))
+            x_0, t_B, path_noise = sharding.split_rows(mesh, jax.vmap(drawn)(jnp.asarray(index_B)))
             # The posterior's mean, without its noise; pairs of data and noise keep their own noise.
-            draws = steps.Draws(jnp.zeros_like(x_0), batch.get("noise", x_0), t_B)
+            draws = steps.Draws(jnp.zeros_like(x_0), batch.get("noise", x_0), t_B, path_noise)
             loss_B = loss(params, frozen, batch, draws)
             return jnp.stack([jnp.sum(jnp.where(batch["weight"] > 0, loss_B, 0)), jnp.sum(batch["weight"])])
 

@@ -62,12 +62,24 @@ def test_the_loss_is_the_error_of_the_velocity() -> None:
     np.testing.assert_allclose(loss_B, (0.3 / t_B) ** 2, rtol=1e-3)
 
 
-def test_interpolation_has_the_velocity_as_derivative() -> None:
-    t_B = jnp.linspace(0, 0.9, 32)
-    step = (flow.interpolate(X_1, X_0, t_B + 0.1) - flow.interpolate(X_1, X_0, t_B)) / 0.1
-    np.testing.assert_allclose(step, flow.velocity_target(X_1, X_0), atol=2e-5)
-    np.testing.assert_array_equal(flow.interpolate(X_1, X_0, 0.0), X_0)
-    np.testing.assert_array_equal(flow.interpolate(X_1, X_0, 1.0), X_1)
+@pytest.mark.parametrize("path", [flow.LINEAR, flow.Path("gvp")], ids=lambda path: path.name)
+def test_a_path_has_the_velocity_as_derivative(path: flow.Path) -> None:
+    t_B = jnp.linspace(0, 1, 32)
+    x_t, rate = jax.jvp(lambda t_B: flow.interpolate(X_1, X_0, t_B, path), (t_B,), (jnp.ones(32),))
+    np.testing.assert_allclose(rate, flow.velocity_target(X_1, X_0, t_B, path), atol=1e-6)
+    np.testing.assert_allclose(x_t[0], X_0[0], atol=1e-6)
+    np.testing.assert_allclose(x_t[-1], X_1[-1], atol=1e-6)
+
+
+def test_the_linear_path_is_straight() -> None:
+    t = jnp.float32(0.3)
+    np.testing.assert_array_equal(flow.interpolate(X_1, X_0, t), t * X_1 + (1 - t) * X_0)
+    np.testing.assert_array_equal(flow.velocity_target(X_1, X_0, t), X_1 - X_0)
+
+
+def test_the_gvp_path_keeps_the_variance_of_data_and_noise() -> None:
+    point = flow.Path("gvp").at(jnp.linspace(0, 1, 32))
+    np.testing.assert_allclose(point.alpha**2 + point.sigma**2, np.ones(32), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,20 +126,27 @@ def test_min_snr_without_signal_is_finite() -> None:
     np.testing.assert_array_equal(zeros, np.zeros(32))
 
 
-@pytest.mark.parametrize("raw", [True, False])
-def test_naive_flow_matching_knows_nothing_of_diffusion(raw: bool) -> None:
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [(True, flow.LINEAR), (False, flow.LINEAR), (True, flow.Path("gvp")), (True, flow.Path(sigma_min=0.1))],
+)
+def test_naive_flow_matching_knows_nothing_of_diffusion(raw: bool, path: flow.Path) -> None:
     schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
-    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=raw)
-    t_B = jnp.linspace(0, 1, 32)
+    given = {"raw_time": raw, "path": path.name, "sigma_min": path.sigma_min}
+    naive = Alignment(timestep=False, state=False, velocity=False, **given)
+    t_B, path_noise = jnp.linspace(0, 1, 32), jax.random.normal(jax.random.key(1), X_0.shape)
     seen = {}
 
     def predict(x: jax.Array, tau_B: jax.Array) -> jax.Array:
         seen.update(x=x, tau=tau_B)
-        return X_1 - X_0 + 0.5
+        return flow.velocity_target(X_1, X_0, t_B, path) + 0.5
 
-    loss_B = objectives.loss(Objective("flow_matching", naive), schedule, predict, X_1, X_0, t_B)
+    objective = Objective("flow_matching", naive)
+    loss_B = objectives.loss(objective, schedule, predict, X_1, X_0, t_B, path_noise=path_noise)
     np.testing.assert_allclose(loss_B, np.full(32, 0.25), rtol=1e-5)
-    np.testing.assert_array_equal(seen["x"], flow.interpolate(X_1, X_0, t_B))
+    np.testing.assert_allclose(
+        seen["x"], flow.interpolate(X_1, X_0, t_B, path) + path.sigma_min * path_noise, atol=1e-6
+    )
     np.testing.assert_allclose(seen["tau"], t_B if raw else 1000 * (1 - t_B), rtol=1e-6)
 
 

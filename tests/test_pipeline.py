@@ -155,7 +155,7 @@ def test_negative_prompts_one_for_each(tiny: Pipeline) -> None:
 
 
 def test_an_export_remembers_how_it_flows(tiny: Pipeline, tmp_path: Path) -> None:
-    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True, path="gvp")
     dataclasses.replace(tiny, alignment=naive, _programs={}).save_pretrained(tmp_path / "export")
     assert Pipeline.from_pretrained(tmp_path / "export").alignment == naive
     assert Pipeline.from_pretrained(tmp_path / "export", alignment=Alignment()).alignment == Alignment()

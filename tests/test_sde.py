@@ -1,48 +1,72 @@
 """Random samplers reach the distribution that the flow reaches, whatever noise they add on the way."""
 
+import dataclasses
+import functools
+import itertools
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from schedules import SD, config
 
-from d2f_jax import InputError, sampling, sde
+from d2f_jax import InputError, NoiseSchedule, sampling, sde
+from d2f_jax.alignment import Alignment
+from d2f_jax.flow import LINEAR, Path
+from d2f_jax.sampler import Sampler
 from d2f_jax.sde import SDE
 
 STD = 0.5  # of Gaussian data, whose velocity and score are known
+PATHS = [LINEAR, Path("gvp"), Path(sigma_min=0.3)]
+each_path = pytest.mark.parametrize("path", PATHS, ids=["linear", "gvp", "sigma_min"])
 
 
-def variance(t):
-    return (t * STD) ** 2 + (1 - t) ** 2
+def variance(t, path: Path = LINEAR):
+    alpha, sigma = path.at(jnp.float32(t))[:2]
+    return (alpha * STD) ** 2 + sigma**2 + path.sigma_min**2
 
 
-def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
-    return x * (t * STD**2 - (1 - t)) / variance(t)
+def velocity(x: jax.Array, t: jax.Array, path: Path = LINEAR) -> jax.Array:
+    alpha, sigma, d_alpha, d_sigma = path.at(t)
+    return x * (alpha * d_alpha * STD**2 + sigma * d_sigma) / variance(t, path)
 
 
-def drawn(how: SDE, num_steps: int, solver: str, first: float = 0.05, count: int = 1 << 18) -> np.ndarray:
+def drawn(
+    how: SDE, num_steps: int, solver: str, first: float = 0.05, count: int = 1 << 16, path: Path = LINEAR
+) -> np.ndarray:
     """Samples, begun with the right variance."""
     keys = jax.random.split(jax.random.key(0), 8)
     noise = jax.vmap(lambda key: jax.random.normal(key, (count // 8,)))(jax.random.split(jax.random.key(1), 8))
     grid = sampling.pad_grid(sde.grid(how, first, num_steps), num_steps + 9)
-    x = jnp.sqrt(variance(first)) * noise
-    return np.asarray(jax.jit(lambda x, grid: sde.solve(how, velocity, x, grid, keys, solver))(x, grid))
+    x = jnp.sqrt(variance(first, path)) * noise
+    field = functools.partial(velocity, path=path)
+    return np.asarray(jax.jit(lambda x, grid: sde.solve(how, field, x, grid, keys, solver, path))(x, grid))
 
 
-def test_the_score_is_the_gradient_of_the_log_density() -> None:
+@each_path
+def test_the_score_is_the_gradient_of_the_log_density(path: Path) -> None:
     x = jnp.linspace(-2, 2, 9)
-    for t in (0.1, 0.5, 0.9):
-        truth = jax.vmap(jax.grad(lambda x, t=t: -(x**2) / (2 * variance(t))))(x)
-        np.testing.assert_allclose(sde.score(velocity(x, jnp.float32(t)), x, t), truth, rtol=1e-4, atol=1e-6)
+    for t in (0.0, 0.1, 0.5, 0.9):
+        truth = jax.vmap(jax.grad(lambda x, t=t: -(x**2) / (2 * variance(t, path))))(x)
+        score = sde.score(velocity(x, jnp.float32(t), path), x, t, path)
+        np.testing.assert_allclose(score, truth, rtol=1e-4, atol=1e-6)
 
 
+@each_path
+def test_the_flow_reaches_the_data(path: Path) -> None:
+    x = jnp.linspace(-2, 2, 9)
+    end = sampling.solve(functools.partial(velocity, path=path), x, np.linspace(0, 1, 65), "rk4")
+    np.testing.assert_allclose(end, x * jnp.sqrt(variance(1, path) / variance(0, path)), rtol=1e-4)
+
+
+@each_path
 @pytest.mark.parametrize("form", get_args(sde.Form))
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_every_form_reaches_the_data(form: sde.Form, solver: str) -> None:
+def test_every_form_reaches_the_data(form: sde.Form, solver: str, path: Path) -> None:
     # Tilted forms are steep near t = 0; all converge to data of the same spread.
-    samples = drawn(SDE(form, norm=0.5, last_step_size=0.01), 250, solver)
-    assert samples.std() == pytest.approx(STD, rel=0.02)
+    samples = drawn(SDE(form, norm=0.5, last_step_size=0.01), 250, solver, path=path)
+    assert samples.std() == pytest.approx(np.sqrt(variance(1, path)), rel=0.02)
     assert abs(samples.mean()) < 0.01
     kurtosis = (samples**4).mean() / samples.var() ** 2
     assert kurtosis == pytest.approx(3, rel=0.02)
@@ -69,6 +93,24 @@ def test_without_noise_it_is_the_flow() -> None:
         plain = sampling.solve(velocity, x, grid[:-1], solver)
         last = sampling.solve(velocity, plain, grid[-2:], "euler")
         np.testing.assert_allclose(ours, last, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sde_euler", "sde_heun"])
+def test_samplers_follow_the_path_of_the_flow(name: str) -> None:
+    schedule, sampler = NoiseSchedule.from_config(config(SD, "epsilon")), Sampler(name)
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    x, keys = jnp.linspace(-2, 2, 8)[:, None], jax.random.split(jax.random.key(0), 8)
+    ends = []
+    for path in PATHS:
+        field, how = (
+            functools.partial(velocity, path=path),
+            dataclasses.replace(naive, path=path.name, sigma_min=path.sigma_min),
+        )
+        grid = sampler.grid(schedule, how, {}, 12)
+        ends.append(sampler.sample(schedule, how, field, x, grid, set_alpha_to_one=True, keys_B=keys))
+        direct = sde.solve(SDE(), field, x, grid, keys, name.removeprefix("sde_"), path)
+        np.testing.assert_array_equal(ends[-1], direct)
+    assert all(np.abs(a - b).max() > 0.01 for a, b in itertools.combinations(ends, 2))
 
 
 def test_padding_and_other_rows_change_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import depth, images, quickstart, reflow, text_to_image
-from d2f_jax import InputError, settings, sharding, train
+from d2f_jax import InputError, flow, settings, sharding, train
 
 MESH = sharding.make_mesh(2, 4)
 
@@ -73,6 +73,14 @@ def test_an_objective_that_is_not_known(file: ModuleType) -> None:
         ({"objective.name": "flow_matching", "objective.align": ("state",)}, "align=.* is diff2flow's"),
         ({"objective.raw_time": True}, "leave timestep out of align"),
         ({"objective.min_snr_gamma": 5.0}, "is of diffusion; use 0 for diff2flow"),
+        ({"objective.path": "vp"}, r"config\.objective\.path='vp' is unknown; use one of linear, gvp"),
+        ({"objective.path": "gvp"}, r"path=gvp, .* align nothing, which is flow_matching"),
+        ({"objective.sigma_min": 0.1, "objective.align": ("state",)}, r"sigma_min=0\.1: only .* with sigma_min=0 can"),
+        ({"objective.name": "diffusion", "objective.path": "gvp"}, "only the linear path"),
+        (
+            {"objective.name": "flow_matching", "objective.path": "gvp", "objective.sigma_min": 0.1},
+            "sigma_min=0.1 is of the linear path; use 0 for gvp",
+        ),
         ({"eval.sampler": "eulr"}, "sampler='eulr' is not one of euler, heun"),
         ({"reflow.shift": 3.0}, "ddim has its own"),
     ],
@@ -88,6 +96,8 @@ def test_what_does_not_go_together(changes: dict, said: str) -> None:
         ({}, {"timestep", "state", "velocity"}),
         ({"objective.align": ("velocity",)}, {"velocity"}),
         ({"objective.name": "flow_matching", "objective.raw_time": True}, set()),
+        ({"objective.name": "flow_matching", "objective.path": "gvp"}, set()),
+        ({"objective.name": "flow_matching", "objective.sigma_min": 0.1}, set()),
         ({"objective.name": "diffusion", "objective.min_snr_gamma": 5.0}, {"timestep", "state", "velocity"}),
     ],
 )
@@ -96,6 +106,8 @@ def test_objectives_differ_by_what_they_align(changes: dict, aligned: set[str]) 
     made = settings.make_objective(changed(**changes))
     assert {name for name in ("timestep", "state", "velocity") if getattr(made.alignment, name)} == aligned
     assert made.alignment.raw_time == changes.get("objective.raw_time", False)
+    path = flow.Path(changes.get("objective.path", "linear"), changes.get("objective.sigma_min", 0.0))
+    assert made.alignment.flow_path == path
 
 
 CHOICES = {
@@ -128,6 +140,7 @@ def test_a_choice_is_one_of_those_named(name: str, other: str) -> None:
         ("data.num_train", 0, "use 1 or more"),
         ("data.caption_dropout", 1.5, r"is too large; use 1 or less"),
         ("data.num_workers", -1, "use 0 or more"),
+        ("objective.sigma_min", -0.1, "use 0 or more"),
         ("lora.scale", 0.0, "use 1e-09 or more"),
         ("lora.conv_rank", -1, "use 0 or more"),
         ("lora.mlp_ratio", -0.1, "use 0 or more"),

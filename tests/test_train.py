@@ -107,13 +107,14 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("name", ["flow_matching", "diffusion"])
-def test_other_objectives(name: str, model: Path, finished: Path, tmp_path: Path) -> None:
-    train.train(shrunk(text_to_image.get_config(name), model), tmp_path)
+@pytest.mark.parametrize(("name", "sigma_min"), [("flow_matching", 0.5), ("diffusion", 0.0)])
+def test_other_objectives(name: str, sigma_min: float, model: Path, finished: Path, tmp_path: Path) -> None:
+    changes = {"objective.sigma_min": sigma_min}
+    train.train(shrunk(text_to_image.get_config(name), model, **changes), tmp_path)
     first, other = (line["loss"] for line in (lines(finished)[0], lines(tmp_path)[0]))
     assert np.isfinite(other) and other != pytest.approx(first, rel=1e-3)
     export, table = Pipeline.from_pretrained(tmp_path / "export"), (tmp_path / "scores.md").read_text()
-    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True, sigma_min=sigma_min)
     assert export.alignment == (naive if name == "flow_matching" else Alignment())
     assert ("as a flow, not finetuned" in table) == (name == "flow_matching")
     assert ("finetuned, DDIM" in table) == (name == "diffusion")
