@@ -8,6 +8,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on every machine, so that what is sharded is really sharded.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling takes most of the time, and what is compiled runs a few steps.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The same programs are run again and again: each is compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="d2f-jax-compiled-")

@@ -13,13 +13,14 @@ from d2f_jax import weights
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "down_block_types": ("DownBlock2D",),  # attention in the middle alone compiles sooner
+    "up_block_types": ("UpBlock2D",),
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
 }
+ATTENTION: dict[str, Any] = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
 CLIP: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -29,8 +30,8 @@ CLIP: dict[str, Any] = {
 }
 
 
-def write_pipeline(folder: Path, prediction_type: str = "v_prediction") -> Path:
-    """Written by diffusers, with tiny-sd's tokenizer; 2x downsampling, 16 pixels."""
+def write_pipeline(folder: Path, **unet: Any) -> Path:
+    """Written by diffusers, with tiny-sd's tokenizer; 2x downsampling, 16 pixels; `unet` changes UNET."""
     tokenizer = weights.load_tokenizer("tiny-sd")
     text = twins.text_encoder(
         **CLIP,
@@ -41,9 +42,9 @@ def write_pipeline(folder: Path, prediction_type: str = "v_prediction") -> Path:
         vae=twins.vae(**twins.SMALL_VAE),
         text_encoder=text,
         tokenizer=tokenizer,
-        unet=twins.unet(**UNET),
+        unet=twins.unet(**UNET | unet),
         scheduler=diffusers.DDIMScheduler(
-            **config(SD, prediction_type), clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            **config(SD, "v_prediction"), clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
         safety_checker=None,
         feature_extractor=None,

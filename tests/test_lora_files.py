@@ -35,7 +35,7 @@ PEFT = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_pipeline(tmp_path_factory.mktemp("model"))
+    return small.write_pipeline(tmp_path_factory.mktemp("model"), **small.ATTENTION)
 
 
 @functools.cache
@@ -136,9 +136,8 @@ def test_files_that_are_not_adapters(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
 @pytest.mark.parametrize("linear", [False, True], ids=["SD 1.x", "SD 2.x"])
-def test_diffusers_loads_what_is_exported(tmp_path: Path, layout: Any, linear: bool, monkeypatch: Any) -> None:
-    monkeypatch.setitem(small.UNET, "use_linear_projection", linear)
-    model = small.write_pipeline(tmp_path / "model")
+def test_diffusers_loads_what_is_exported(tmp_path: Path, layout: Any, linear: bool) -> None:
+    model = small.write_pipeline(tmp_path / "model", **small.ATTENTION, use_linear_projection=linear)
     trained = stirred(model, EVERYTHING)
     beside = lora_files.export(tmp_path / PEFT, trained, nnx.state(unet(model)), scale=SCALE, layout=layout)
     pipeline = small.torch_pipeline(model)

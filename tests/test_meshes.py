@@ -38,25 +38,11 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast() -> Any:
-    """Compiling takes most of the time; the started processes inherit this."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of all runs; the first one renders the data."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:  # attention in the middle alone
-        patch.setitem(small.UNET, "down_block_types", ("DownBlock2D",))
-        patch.setitem(small.UNET, "up_block_types", ("UpBlock2D",))
-        small.write_pipeline(folder / "model")
+    small.write_pipeline(folder / "model")
     return folder
 
 
