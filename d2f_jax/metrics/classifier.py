@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors.numpy
 from flax import nnx
 
@@ -63,10 +64,11 @@ def load_classifier() -> ShapesClassifier:
     """With the weights that ship with the package."""
     data = importlib.resources.files("d2f_jax").joinpath("assets", _ASSET).read_bytes()
     tensors = safetensors.numpy.load(data)
-    model = ShapesClassifier(nnx.Rngs(0))
-    parameters = {".".join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    if set(parameters) != set(tensors):
-        raise ValueError(f"{_ASSET} does not fit ShapesClassifier: {sorted(set(parameters) ^ set(tensors))}")
-    for name, parameter in parameters.items():
-        parameter[...] = jnp.asarray(tensors[name], jnp.float32)
-    return model
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: ShapesClassifier(nnx.Rngs(0))))
+    flat = dict(nnx.to_flat_state(abstract))
+    names = {path: ".".join(map(str, path)) for path in flat}
+    if set(names.values()) != set(tensors):
+        raise ValueError(f"{_ASSET} does not fit ShapesClassifier: {sorted(set(names.values()) ^ set(tensors))}")
+    for path, name in names.items():
+        flat[path] = flat[path].replace(jnp.asarray(tensors[name].astype(np.float32)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
