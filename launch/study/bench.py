@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from configs import quickstart
-from d2f_jax import metrics, optim, prepare, prior, sharding, train
+from d2f_jax import metrics, optim, prepare, prior, settings, sharding
 from d2f_jax import step as steps
 from d2f_jax.data import prepared
 from d2f_jax.data.shapes_world import shapes_world
@@ -111,7 +111,7 @@ class Bench:
         return self._exams[seed]
 
     def step(self, config: Config, networks: steps.Networks, pipeline: Pipeline) -> Step:
-        options, optimizer_options = train.step_options(config, pipeline), train.make_optimizer_options(config)
+        options, optimizer_options = prior.step_options(config, pipeline), settings.make_optimizer_options(config)
         key = networks, options, optimizer_options
         if key not in self._steps:
             optimizer = optim.make_optimizer(optimizer_options)
