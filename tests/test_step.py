@@ -218,7 +218,7 @@ def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str)
         batch = jax.tree.map(jnp.asarray, BATCH)
         draws = steps.draw(jax.random.key(0), flow.UNIFORM, of.networks, of.frozen, batch)
         loss = steps.make_loss(of.networks, NoiseSchedule.from_config(config(SD, "v_prediction")), OPTIONS, ONE)
-        _, backward = jax.vjp(lambda p: loss(p, of.frozen, batch, draws), of.trained)
+        _, backward = jax.vjp(lambda p: loss(steps.unet_params(p, None, 1.0), of.frozen, batch, draws), of.trained)
         return sum(x.nbytes for x in jax.tree.leaves(backward) if hasattr(x, "nbytes"))
 
     assert kept_bytes(again) < 0.9 * kept_bytes(full)
@@ -263,7 +263,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(full: Setting) -> None
 
 def test_prepared_batches_are_what_pictures_become(full: Setting) -> None:
     batch = jax.tree.map(jnp.asarray, PICTURES)
-    mean, std, text = steps.encoded(full.networks, full.frozen, batch, lambda params: params)
+    mean, std, text = steps.encoded(full.networks, full.frozen, batch, lambda params: params)[:3]
     prepared = {"latent_mean": mean, "latent_std": std, "text_states": text, "weight": batch["weight"]}
     np.testing.assert_allclose(run(full, 2, batch=prepared)[1], run(full, 2, batch=PICTURES)[1], rtol=1e-6)
     without_std = {name: x for name, x in prepared.items() if name != "latent_std"}
