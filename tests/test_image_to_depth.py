@@ -126,7 +126,7 @@ def test_the_loss_does_not_look_where_nothing_is_known(model: Path) -> None:
     mean_loss = steps.make_loss(networks, pipeline.schedule, options, sharding.make_mesh())
     unet, vae, text_encoder = (nnx.state(network) for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
     frozen = steps.Frozen(None, vae, text_encoder)
-    draws = steps.Draws(jnp.zeros((2, 8, 8, 4)), -twins.random(2, 8, 8, 4), jnp.full(2, 0.5))
+    draws = steps.Draws(jnp.zeros((2, 8, 8, 4)), -twins.random(2, 8, 8, 4), jnp.full(2, 0.5), jnp.zeros((2, 8, 8, 4)))
 
     def loss(mean: jax.Array, valid: np.ndarray) -> jax.Array:
         batch = {"picture_mean": twins.random(2, 8, 8, 4), "valid": jnp.asarray(valid)}
