@@ -35,6 +35,7 @@ setup(
         "depth": ["h5py>=3.5"],
         "tpu": ["jax[tpu]"],
         "torch": ["diffusers>=0.42", "torch>=2.6", "accelerate", "peft>=0.17"],
+        "study": ["matplotlib"],
         "wandb": ["wandb"],
         "test": [
             "chex",

@@ -9,7 +9,7 @@ if [[ ${1:-} == --help ]]; then
 fi
 for extra in "$@"; do
   if [[ ! $extra =~ ^[a-z]+$ ]]; then
-    echo "error: $extra is no extra; give some of cuda, tpu, depth, torch, wandb, test, or none" >&2
+    echo "error: $extra is no extra; give some of cuda, tpu, depth, torch, study, wandb, test, or none" >&2
     exit 2
   fi
 done

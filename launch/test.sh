@@ -10,7 +10,7 @@ fi
 ./launch/install.sh
 # By its exact version; a PyTorch that is already in .venv stays (CONTRIBUTING.md tells how to get the small CPU build).
 .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet 'torch==2.13.0'
-./launch/install.sh depth test torch
+./launch/install.sh depth study test torch
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright

@@ -117,7 +117,7 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("name", ["quickstart", "test", "install"])
+@pytest.mark.parametrize("name", ["quickstart", "study", "test", "install"])
 def test_what_installs_tells_how_it_is_used_first(name: str) -> None:
     told = run([str(LAUNCH / f"{name}.sh"), "--help"], dict(os.environ))
     assert told.returncode == 0 and f"Usage: ./launch/{name}.sh" in told.stdout and not told.stderr
