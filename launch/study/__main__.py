@@ -9,7 +9,7 @@ from d2f_jax.errors import InputError
 from launch.study import cells, plan, report
 from launch.study.bench import Bench, Size
 
-flags.FLAGS.set_default("workdir", "study")  # a flag of d2f_jax.train, whose steps these are
+_WORKDIR = flags.DEFINE_string("workdir", "study", "For the rendered world, checkpoints and trained weights.")
 _RESULTS = flags.DEFINE_string("results", "results", "For study.md, and study/ with records and pictures.")
 _ONLY = flags.DEFINE_string("only", "", "Beginning of the names of the cells to compute, as adapt- or align-.")
 _SKIP = flags.DEFINE_string("skip", "", "Beginning of the names of the cells not to compute, as cost.")
@@ -26,7 +26,7 @@ def main() -> None:
             wanted = [c for c in wanted if not c.name.startswith(_SKIP.value)]
         if not wanted:
             raise InputError(f"--only={_ONLY.value} --skip={_SKIP.value}: no cell is left")
-        cells.settle(wanted, planned, Bench(Path(flags.FLAGS.workdir), size), folder)
+        cells.settle(wanted, planned, Bench(Path(_WORKDIR.value), size), folder)
     print(f"report: {report.write(size, planned, Path(_RESULTS.value))}")
 
 
