@@ -176,13 +176,13 @@ def _runs(program: Program, name: str, times: int, unknown: int) -> Iterator[tup
 @functools.cache
 def _pairs(left: int, right: int, out: int, stride: int, before: int, left_step: int, right_step: int) -> int:
     """Pairs of an output's and a kernel's place, along one axis, that meet an input which is there."""
-    total = 0
+    total, shared = 0, math.gcd(stride, left_step)
+    period = left_step // shared
     for k in range(right):
         offset = k * right_step - before  # of the input that the first output meets, as dilated
-        period = left_step // math.gcd(stride, left_step)
-        first = next((o for o in range(period) if (o * stride + offset) % left_step == 0), None)
-        if first is not None:
-            low = max(first, -(-(-offset - first * stride) // (period * stride)) * period + first)
-            high = min(out - 1, ((left - 1) * left_step - offset) // stride)
-            total += max(0, (high - low) // period + 1)
+        if offset % shared == 0:
+            first = -offset // shared * pow(stride // shared, -1, period) % period
+            low = max(0, -(-(-offset - first * stride) // (period * stride)))
+            high = (min(out - 1, ((left - 1) * left_step - offset) // stride) - first) // period
+            total += max(0, high - low + 1)
     return total

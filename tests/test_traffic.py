@@ -137,6 +137,23 @@ def test_flops_of_products_with_a_batch() -> None:
     assert moved(work) == {PRODUCTS: 4 * 3 * (5 * 7 + 6 * 7 + 5 * 6)}
 
 
+def test_flops_of_products_whose_batch_is_written_as_a_window() -> None:
+    """As TPUs have them: [77, 256] times each of four [256, 32]; and with 4096 of both, in no time."""
+    text = """HloModule m
+
+ENTRY %main (a: bf16[77,256,1], b: bf16[4,32,256]) -> bf16[77,4,32] {
+  %a = bf16[77,256,1]{1,0,2} parameter(0)
+  %b = bf16[4,32,256]{2,1,0} parameter(1)
+  ROOT %r = bf16[77,4,32]{0,2,1} convolution(%a, %b), window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0oi->b0f
+}
+"""
+    assert traffic.work(hlo.parse(text)).flops == 2 * 77 * 256 * 4 * 32
+    many = text.replace("256,1]", "256,4096]").replace("[4,", "[4096,").replace(",4,", ",4096,")
+    window = "size=4096 stride=4095 pad=4095_4095 lhs_dilate=4096 rhs_reversal=1"
+    many = many.replace("size=4 pad=3_3 rhs_reversal=1", window)
+    assert traffic.work(hlo.parse(many)).flops == 2 * 77 * 256 * 4096 * 32
+
+
 def test_a_scan_reads_and_writes_its_own_rows_only() -> None:
     work, _ = compiled(lambda a, rows: jax.lax.scan(lambda a, row: (a, a * row), a, rows)[1], (256,), (16, 256))
     row, zeros = 4 * 256, 16 * 4 * 256  # what the rows are put into
