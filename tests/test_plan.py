@@ -55,7 +55,7 @@ def topology(name: str = "v5e:2x4") -> Topology:
 @pytest.mark.parametrize(
     ("arg", "changes"),
     [
-        ("lora_base", {"compute_dtype": "bfloat16", "remat": "blocks", "train.accumulate": 2}),
+        ("lora", {"compute_dtype": "bfloat16", "remat": "blocks", "train.accumulate": 2}),
         ("", {"task.name": "image_to_depth"}),
     ],
 )
