@@ -156,7 +156,7 @@ def table(plan: Plan) -> str:
         rows += [["of it, GiB", ", ".join(parts)], *_work_rows(plan, each), *_time_rows(plan)]
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
     mesh = " x ".join(f"{name} {n}" for name, n in plan.mesh.items())
-    header = [f"{plan.program} on {slices}{plan.topology}", f"{plan.chips} chips, mesh {mesh}"]
+    header = [f"{plan.program} on {slices}{plan.topology}", f"{plan.chips} chip{'s' * (plan.chips > 1)}, mesh {mesh}"]
     return report.markdown_table(header, [row for row in rows if row[1]])
 
 
