@@ -8,10 +8,10 @@
 The picture's latent stands before the noisy one of depth, the text is empty. For the paper's mixture of nine parts
 Hypersim and one Virtual KITTI 2 add
 --config.data.sources="('hypersim:HYPERSIM?split=train','vkitti2:VKITTI')" --config.data.weights="(0.9,0.1)".
-Of the paper's published code are rate, Adam without decay, the average, and depth's normalisation; it sets no end, and
-trains at 384 x 512 pixels. Of Marigold (arXiv 2312.02145), whose data these are, are the batch of 32, the 100 steps of
-warm-up and the rate's fall to a hundredth in 25,000 steps. Of ours are bfloat16 and the square of 512 pixels. The small
-run takes ten minutes on two CPU cores; how long the large one takes was not measured.
+Of the paper's published code are rate, Adam without decay, the average, depth's normalisation, and pictures squeezed
+to 384 x 512 pixels whole; it sets no end. Of Marigold (arXiv 2312.02145), whose data these are, are the batch of 32,
+the 100 steps of warm-up and the rate's fall to a hundredth in 25,000 steps. Of ours is bfloat16. The small run takes
+ten minutes on two CPU cores; how long the large one takes was not measured.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +28,9 @@ def get_config(arg: str = "diff2flow") -> ConfigDict:
     large = PUBLISHED | {
         "model": model,
         "data.sources": (source,),
+        "data.image_size": 384,
+        "data.image_width": 512,
+        "data.resize": "fixed",
         "data.random_flip": True,
         "train.num_steps": 25_000,
         "train.batch_size": 32,

@@ -136,13 +136,13 @@ def parameters(config: Config, drawn: Blueprint) -> tuple[steps.Frozen, Any]:
 
 
 def train_batch(config: Config, drawn: Blueprint) -> dict[str, jax.ShapeDtypeStruct]:
-    count, pixels = config.train.batch_size, config.data.image_size
-    latent = jax.eval_shape(lambda: drawn.pipeline.noise(0, count, pixels, pixels)).shape
+    count, size = config.train.batch_size, datasets.image_shape(config)
+    latent = jax.eval_shape(lambda: drawn.pipeline.noise(0, count, *size)).shape
     width = drawn.pipeline.text_encoder.config.hidden_size
     shapes = {
-        "image": ((count, pixels, pixels, 3), jnp.uint8),
-        "depth": ((count, pixels, pixels), jnp.float32),
-        "valid": (latent[:3] if "latent_mean" in drawn.arrays else (count, pixels, pixels), jnp.bool_),
+        "image": ((count, *size, 3), jnp.uint8),
+        "depth": ((count, *size), jnp.float32),
+        "valid": (latent[:3] if "latent_mean" in drawn.arrays else (count, *size), jnp.bool_),
         "latent_mean": (latent, jnp.float16),
         "latent_std": (latent, jnp.float16),
         "picture_mean": (latent, jnp.float16),
@@ -156,12 +156,12 @@ def train_batch(config: Config, drawn: Blueprint) -> dict[str, jax.ShapeDtypeStr
 
 def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) -> jax.stages.Lowered:
     """What draws `rows_drawn` pictures, or estimates depth of as many, as `Pipeline` runs it on a mesh."""
-    pipeline, sampler, pixels = drawn.pipeline, settings.eval_sampler(config), config.data.image_size
+    pipeline, sampler, size = drawn.pipeline, settings.eval_sampler(config), datasets.image_shape(config)
     count, depth = rows_drawn(config, mesh), pipeline.task.of_pictures
     ids = jax.ShapeDtypeStruct((count, drawn.tokens), jnp.int32)
-    noise = jax.eval_shape(lambda: pipeline.noise(0, count, pixels, pixels))
+    noise = jax.eval_shape(lambda: pipeline.noise(0, count, *size))
     keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
-    pictures = jax.ShapeDtypeStruct((count, pixels, pixels, 3), jnp.uint8) if depth else None
+    pictures = jax.ShapeDtypeStruct((count, *size, 3), jnp.uint8) if depth else None
     at_noise = pipeline.task.start == "noise"
     grid = sampler.grid(pipeline.schedule, pipeline.alignment, pipeline.scheduler_config, num_steps, at_noise=at_noise)
     guided = config.eval.guidance_scale != 1 and not depth

@@ -81,7 +81,7 @@ def picture(comparison: Comparison, count: int) -> Image.Image:
     given = [report.tile(images[:count], columns) for images in subject.given.values()]
     cells = [given + [report.tile(subject.show(cell[:count]), columns) for cell in row] for row in comparison.results]
     labels = [*subject.given, *_labels(comparison)]
-    zoom = 2 if comparison.results[0][0].shape[1] <= 64 else 1
+    zoom = 2 if max(comparison.results[0][0].shape[1:3]) <= 64 else 1
     return report.labelled_grid(cells, comparison.names, labels, notes=subject.notes[:count], zoom=zoom)
 
 

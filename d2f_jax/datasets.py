@@ -113,14 +113,15 @@ class Data:
         return batches
 
     def _batches(self, sources: list[Source], config: Config, mesh: Mesh, size: int, **options: Any) -> Any:
+        height, width = image_shape(config)
         return train_batches(
             sources,
             self.tokenize,
             batch_size=size,
             rows=sharding.local_rows(mesh, size).tolist(),
-            image_size=config.data.image_size,
+            image_shape=(height, width),
             depth=of_depth(config),
-            latent_size=config.data.image_size // self.downsampling,
+            latent_shape=(height // self.downsampling, width // self.downsampling),
             resize=config.data.resize,
             on_damage=self.on_damage,
             null_text=self.null_text,
@@ -134,13 +135,12 @@ def open_given(config: Config) -> dict[str, Source]:
     return {spec: open_source(spec) for spec in dict.fromkeys(specs) if not _is_shapes_world(spec)}
 
 
-def check_prepared(data: Config, pipeline: Pipeline, given: dict[str, Source]) -> None:
+def check_prepared(config: Config, pipeline: Pipeline, given: dict[str, Source]) -> None:
     """Raises InputError for latents or text states that other networks, or another size, have made."""
     for source in given.values():
         if isinstance(source, PreparedSource):
-            prepared.check_model(
-                source.manifest, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, image_size=data.image_size
-            )
+            parts = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+            prepared.check_model(source.manifest, *parts, image_shape=image_shape(config))
 
 
 def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str, Source]) -> Data:
@@ -153,8 +153,8 @@ def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str
     validation: list[Source] = []
     for spec in data.sources:
         if _is_shapes_world(spec):
-            train.append(_shapes_world(data, spec, workdir, "train"))
-            validation.append(_shapes_world(data, spec, workdir, "validation"))
+            train.append(_shapes_world(config, spec, workdir, "train"))
+            validation.append(_shapes_world(config, spec, workdir, "validation"))
         elif (own := _own_validation(given[spec])) is not None:
             train.append(given[spec])
             validation.append(own)
@@ -166,7 +166,7 @@ def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str
             train.append(given[spec])
     null_text = next((source.null_text for source in train if isinstance(source, PreparedSource)), None)
     shown = [
-        _shapes_world(data, spec, workdir, "validation") if _is_shapes_world(spec) else given[spec]
+        _shapes_world(config, spec, workdir, "validation") if _is_shapes_world(spec) else given[spec]
         for spec in config.eval.sources
     ]
     return Data(
@@ -180,6 +180,16 @@ def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str
     )
 
 
+def image_shape(config: Config) -> tuple[int, int]:
+    """Height and width of the pictures, in pixels."""
+    return config.data.image_size, config.data.image_width or config.data.image_size
+
+
+def told_size(config: Config) -> str:
+    """The same in words: "512", or "384 x 512"."""
+    return " x ".join(map(str, dict.fromkeys(image_shape(config))))
+
+
 def of_depth(config: Config) -> bool:
     """Whether examples are read with depth, and without captions."""
     return config.task.name == "image_to_depth"
@@ -188,7 +198,7 @@ def of_depth(config: Config) -> bool:
 def plain_fit(config: Config) -> Fit:
     """The config's size and resizing, cut in the middle, and nothing by chance."""
     return Fit(
-        image_size=config.data.image_size,
+        image_shape=image_shape(config),
         depth=of_depth(config),
         resize=config.data.resize,
         crop="center",
@@ -215,12 +225,13 @@ def _own_validation(source: Source) -> Source | None:
     return None
 
 
-def _shapes_world(data: Config, spec: str, workdir: Path, split: str) -> Source:
+def _shapes_world(config: Config, spec: str, workdir: Path, split: str) -> Source:
+    """Squares, of the pictures' longer side; of those that are no squares a part is cut out."""
     folder = Path(spec.partition(":")[2] or workdir / "data")
 
     def build() -> Source:
-        counts = {"num_train": data.num_train, "num_validation": data.num_validation}
-        return shapes_world(folder, size=data.image_size, split=split, **counts)
+        counts = {"num_train": config.data.num_train, "num_validation": config.data.num_validation}
+        return shapes_world(folder, size=max(image_shape(config)), split=split, **counts)
 
     return distributed.main_first(f"ShapesWorld {split}", build)
 

@@ -8,8 +8,9 @@ ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's
 What is not given is named and gets no number. Estimates from few pictures are biased: compare only what has the same
 number of them.
 
-With `config.task.name="image_to_depth"` depth is estimated of the whole pictures, the longer side at
-`config.data.image_size`, brought back to their own size, and judged there as `config.eval.depth` says.
+With `config.task.name="image_to_depth"` depth is estimated of the whole pictures, their longer side made the longer of
+`config.data.image_size` and `image_width`; it is brought back to their own size, and judged there as
+`config.eval.depth` says.
 """
 
 import json
@@ -108,10 +109,10 @@ def depth_scores(config: Config, pipeline: Pipeline, examples: Sequence[Example]
     wanted, count = config.eval, len(examples)
     protocol, kept = metrics.DEPTH_PROTOCOLS[wanted.depth.protocol], min(wanted.grid_images, count)
     pairs = [measured_pair(example, protocol, i) for i, example in enumerate(examples)]
-    size = config.data.image_size
+    shape = datasets.image_shape(config)
     cells = {
-        "picture": np.stack([fit_image(image, size) for image, _ in pairs[:kept]]),
-        "measured": np.stack([depth_picture(depth, size) for _, depth in pairs[:kept]]),
+        "picture": np.stack([fit_image(image, shape) for image, _ in pairs[:kept]]),
+        "measured": np.stack([depth_picture(depth, shape) for _, depth in pairs[:kept]]),
     }
     found: Found = {}
     work = count * sum(wanted.step_counts)
@@ -123,7 +124,7 @@ def depth_scores(config: Config, pipeline: Pipeline, examples: Sequence[Example]
                     np.stack([image for image, _ in chunk]),
                     num_steps=num_steps,
                     ensemble=wanted.depth.ensemble,
-                    resolution=size,
+                    resolution=max(shape),
                     seed=wanted.seed,
                     first=first,
                     sampler=settings.eval_sampler(config),
@@ -134,7 +135,9 @@ def depth_scores(config: Config, pipeline: Pipeline, examples: Sequence[Example]
                 shown += list(estimates[: max(0, kept - first)])
                 bar.update(len(chunk) * num_steps)
             found[num_steps] = distributed.merged(errors).means()
-            cells[_steps(num_steps)] = np.stack([fit_image(shown_depth(estimate[None])[0], size) for estimate in shown])
+            cells[_steps(num_steps)] = np.stack(
+                [fit_image(shown_depth(estimate[None])[0], shape) for estimate in shown]
+            )
     return found, cells
 
 
@@ -169,8 +172,8 @@ def alike(pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, Sequenc
         first = end
 
 
-def depth_picture(depth_HxW: np.ndarray, size: int) -> np.ndarray:
-    return fit_image(shown_depth(normalised(depth_HxW)[0][None] / 2 + 0.5)[0], size)
+def depth_picture(depth_HxW: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return fit_image(shown_depth(normalised(depth_HxW)[0][None] / 2 + 0.5)[0], shape)
 
 
 def draw(
@@ -178,6 +181,7 @@ def draw(
 ) -> tuple[Gathered, np.ndarray]:
     """What this process has seen of its share of all pictures, and the first of them all for a grid."""
     drawn, size, kept = Gathered(), config.eval.batch_size, []
+    height, width = datasets.image_shape(config)
     for start in range(0, len(texts), size):
         chunk = texts[start : start + size]
         images = pipeline(
@@ -186,8 +190,8 @@ def draw(
             guidance_scale=config.eval.guidance_scale,
             seed=config.eval.seed,
             first=start,
-            height=config.data.image_size,
-            width=config.data.image_size,
+            height=height,
+            width=width,
             sampler=settings.eval_sampler(config),
         )
         mine = np.arange(jax.process_index(), len(chunk), jax.process_count())
@@ -200,20 +204,20 @@ def draw(
 def write(config: Config, folder: Path, told: Found, cells: Cells, notes: list[str], count: int) -> None:
     names = list(next(iter(told.values())))
     rows = [[name.replace("_", " "), *(f"{values[name]:.4g}" for values in told.values())] for name in names]
-    header = [f"{count} pictures of {config.data.image_size} pixels", *map(_steps, told)]
+    header = [f"{count} pictures of {datasets.told_size(config)} pixels", *map(_steps, told)]
     table = report.markdown_table(header, rows)
     settled = {
         "model": str(config.model),
         "num_images": count,
         "image_size": config.data.image_size,
+        "image_width": config.data.image_width,
         **{name: config.eval[name] for name in ("sampler", "shift", "guidance_scale", "seed")},
         **({"depth": config.eval.depth.to_dict()} if datasets.of_depth(config) else {}),
         "scores": {str(n): values for n, values in told.items()},
     }
     tiles = [report.tile(images, max(1, round(len(images) ** 0.5))) for images in cells.values()]
-    picture = report.labelled_grid(
-        [tiles], [Path(config.model).name], list(cells), notes=notes, zoom=2 if config.data.image_size <= 64 else 1
-    )
+    zoom = 2 if max(datasets.image_shape(config)) <= 64 else 1
+    picture = report.labelled_grid([tiles], [Path(config.model).name], list(cells), notes=notes, zoom=zoom)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scores.json").write_text(json.dumps(settled, indent=2) + "\n")

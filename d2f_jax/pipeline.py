@@ -140,8 +140,8 @@ class Pipeline:
             raise InputError(
                 "adapters that depend on the picture are in no diffusers folder; keep the base and their file"
             )
-        side = self.unet.config.sample_size
-        resolution = None if side is None else side * self.vae.config.downsampling
+        sides = self.unet.config.sample_shape
+        resolution = None if sides is None else max(sides) * self.vae.config.downsampling
 
         def write(part: Path) -> None:
             weights.save_pretrained(self.unet, part / "unet")
@@ -167,14 +167,14 @@ class Pipeline:
 
         Raises InputError for a height or width (pixels) that the VAE's downsampling does not divide.
         """
-        factor = self.vae.config.downsampling
-        if (height is None or width is None) and self.unet.config.sample_size is None:
+        factor, sides = self.vae.config.downsampling, self.unet.config.sample_shape
+        if (height is None or width is None) and sides is None:
             raise InputError("the UNet's config.json gives no sample_size; give height and width")
-        side = (self.unet.config.sample_size or 1) * factor
+        tall, wide = (side * factor for side in sides or (1, 1))
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise InputError(f"{name}={pixels} is not a multiple of {factor} pixels, the VAE's downsampling")
-        shape = ((height or side) // factor, (width or side) // factor, self.vae.config.latent_channels)
+        shape = ((height or tall) // factor, (width or wide) // factor, self.vae.config.latent_channels)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(random_keys(seed, first, count))
 
     def __call__(

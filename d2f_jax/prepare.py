@@ -93,10 +93,10 @@ def prepare(config: Config, folder: Path, options: Options) -> Manifest:
     plan = make_plan(config, options, pipeline, {split: len(source) for split, source in sources.items()})
     fit = datasets.plain_fit(config)
     readers: dict[Split, Read] = {split: functools.partial(read_row, source, fit) for split, source in sources.items()}
-    square, depth = (config.data.image_size,) * 2, datasets.of_depth(config)
-    empty = {"image": np.zeros((*square, 3), np.uint8), "text": ""}
+    shape, depth = datasets.image_shape(config), datasets.of_depth(config)
+    empty = {"image": np.zeros((*shape, 3), np.uint8), "text": ""}
     if depth:
-        empty |= {"depth": np.zeros(square, np.float32), "valid": np.zeros(square, np.bool_)}
+        empty |= {"depth": np.zeros(shape, np.float32), "valid": np.zeros(shape, np.bool_)}
     encode = make_encoder(pipeline, options.batch_size, config.compute_dtype)
     if depth:
         names = ("latent_mean", "picture_mean", "valid")
@@ -171,7 +171,7 @@ def make_plan(
     teacher: dict[str, Any] | None = None,
 ) -> Plan:
     """Raises InputError for an image size that the VAE's downsampling does not divide."""
-    size = config.data.image_size
+    height, width = datasets.image_shape(config)
     return Plan(
         format=prepared.FORMAT,
         model=str(config.model),
@@ -181,10 +181,11 @@ def make_plan(
         scaling_factor=pipeline.vae.config.scaling_factor,
         compute_dtype=config.compute_dtype,
         dtype="float16",
-        image_size=size,
+        image_size=height,
+        image_width=0 if width == height else width,
         resize=config.data.resize,
         latents="mean" if datasets.of_depth(config) else options.latents,
-        latent_shape=pipeline.noise(0, 1, size, size).shape[1:],
+        latent_shape=pipeline.noise(0, 1, height, width).shape[1:],
         text_shape=(pipeline.tokenize([""]).shape[1], pipeline.text_encoder.config.hidden_size),
         task=pipeline.task.name,
         shard_size=options.shard_size,

@@ -88,10 +88,11 @@ def hollow(pipeline: Pipeline) -> Pipeline:
     return dataclasses.replace(pipeline, **networks)
 
 
-def filled(pipeline: Pipeline, unet: steps.UNetParams, frozen: steps.Frozen, image_size: int) -> Pipeline:
-    """A hollow pipeline with parameters in it again, the UNet's trained at `image_size`; compiled programs stay."""
+def filled(pipeline: Pipeline, unet: steps.UNetParams, frozen: steps.Frozen, image_shape: tuple[int, int]) -> Pipeline:
+    """A hollow pipeline with parameters in it again, the UNet's trained at `image_shape`; compiled programs stay."""
     params = {"unet": unet.merged, "vae": frozen.vae, "text_encoder": frozen.text_encoder}
     networks = {name: nnx.merge(nnx.graphdef(getattr(pipeline, name)), state) for name, state in params.items()}
-    sample_size = image_size // pipeline.vae.config.downsampling
+    height, width = (side // pipeline.vae.config.downsampling for side in image_shape)
+    sample_size = height if height == width else (height, width)
     networks["unet"].config = dataclasses.replace(networks["unet"].config, sample_size=sample_size)
     return dataclasses.replace(pipeline, **networks, adapters=unet.adapters)

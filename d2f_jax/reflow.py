@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from d2f_jax import distributed, pipeline, prepare, prior, program, programs, settings
+from d2f_jax import datasets, distributed, pipeline, prepare, prior, program, programs, settings
 from d2f_jax.data.fit import Row
 from d2f_jax.data.prepared import Manifest, Split
 from d2f_jax.data.sources import Source
@@ -83,10 +83,10 @@ class _Captions:
 def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size: int) -> prepare.Encode:
     """Noise and its latents, unscaled as the VAE's own, for this process's devices, `batch_size` on each."""
     mesh = Mesh(np.array(jax.local_devices()), ("images",), axis_types=(AxisType.Auto,))
-    wanted, size, scale = config.reflow, config.data.image_size, teacher.vae.config.scaling_factor
+    wanted, scale = config.reflow, teacher.vae.config.scaling_factor
     networks = (teacher.unet, teacher.vae, teacher.text_encoder)
     params = jax.device_put(tuple(map(nnx.state, networks)), NamedSharding(mesh, P()))
-    shape = teacher.noise(0, 1, size, size).shape[1:]
+    shape = teacher.noise(0, 1, *datasets.image_shape(config)).shape[1:]
     grid = sampler.grid(teacher.schedule, teacher.alignment, teacher.scheduler_config, wanted.num_steps)
     compute = programs.make_latents(teacher.model, sampler, "sample", wanted.guidance_scale != 1)
     text_def = nnx.graphdef(teacher.text_encoder)

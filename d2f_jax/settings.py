@@ -38,6 +38,7 @@ _LEAST = {
     "objective.shift": 1e-9,
     "objective.min_snr_gamma": 0,
     "data.held_out": 0,
+    "data.image_width": 0,
     "data.num_train": 1,
     "data.num_validation": 2,
     "data.caption_dropout": 0,

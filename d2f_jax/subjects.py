@@ -39,7 +39,8 @@ def make(config: Config, examples: Sequence[Example], *, judged: bool) -> Subjec
 
 
 def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subject:
-    prompts, wanted, size = [example["text"] for example in examples], config.eval, config.data.image_size
+    prompts, wanted = [example["text"] for example in examples], config.eval
+    height, width = datasets.image_shape(config)
 
     def draw(pipeline: Pipeline, sampler: Sampler, rows: range, num_steps: int) -> np.ndarray:
         return pipeline(
@@ -48,16 +49,17 @@ def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subj
             guidance_scale=wanted.guidance_scale,
             seed=wanted.seed,
             first=rows[0],
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             sampler=sampler,
         )
 
     notes = tuple(f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1))
     if not (judged and datasets.scored(config)):
         return Subject(notes, draw)
-    classifier = metrics.load_classifier()
-    real = metrics.feature_statistics(classifier, np.stack([x["image"] for x in examples if "image" in x]))
+    classifier, fit = metrics.load_classifier(), datasets.plain_fit(config)
+    pictures = [picture_and_depth(example, fit)[0] for example in examples]
+    real = metrics.feature_statistics(classifier, np.stack(pictures))
 
     def judge(images: np.ndarray) -> str:
         scores = metrics.shapes_scores(classifier, images, prompts=prompts, reference=real)

@@ -65,7 +65,7 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check(config, mesh)
     pipeline = prior.load(config)
-    pipeline.noise(0, 1, config.data.image_size, config.data.image_size)  # refuses a size the VAE does not divide
+    pipeline.noise(0, 1, *datasets.image_shape(config))  # refuses a size the VAE does not divide
     if max(config.eval.step_counts) > (most := pipeline.schedule.num_train_timesteps):
         raise InputError(
             f"config.eval.step_counts={config.eval.step_counts}: the model has {most} timesteps; give fewer"
@@ -78,7 +78,7 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
     plain_options = dataclasses.replace(options, accumulate=1)
     plain_step = steps.make_train_step(plain_networks, pipeline.schedule, optimizer, plain_options, mesh)
     given = datasets.open_given(config)
-    datasets.check_prepared(config.data, pipeline, given)
+    datasets.check_prepared(config, pipeline, given)
     claim(workdir, config)
     data = datasets.open_data(config, workdir, pipeline, given)
     state, frozen = prior.place(mesh, trained, frozen, optimizer, jax.random.key(config.seed))
@@ -147,7 +147,7 @@ def make_insight(
     return Insight(
         learning_rate=optim.learning_rate(optimizer_options),
         unet_params=lambda state: steps.unet_params(state.ema, frozen.unet, options.lora_scale),
-        pipeline=lambda params: prior.filled(sampler, params, frozen, config.data.image_size),
+        pipeline=lambda params: prior.filled(sampler, params, frozen, datasets.image_shape(config)),
         validation_loss=judge,
         subject=subjects.make(config, shown, judged=False),
         count=len(shown),
@@ -214,7 +214,8 @@ def export(
     """
     if distributed.is_main():
         if not unet.adapters:
-            prior.filled(pipeline, unet, frozen, config.data.image_size).save_pretrained(workdir / "export")
+            whole = prior.filled(pipeline, unet, frozen, datasets.image_shape(config))
+            whole.save_pretrained(workdir / "export")
             print(f"export:   {workdir / 'export'} (a diffusers folder)")
         if frozen.unet is not None:
             scale, folder = config.lora.scale, workdir / "lora"
@@ -268,7 +269,7 @@ def finish(
     if subject.judge is not None:
         table = comparison.table(compared)
         (workdir / "scores.md").write_text(table)
-        print(f"\n{config.data.image_size} pixels, {len(examples)} samples:\n\n{table}")
+        print(f"\n{datasets.told_size(config)} pixels, {len(examples)} samples:\n\n{table}")
     print(f"pictures: {samples / 'before_and_after.png'}")
 
 

@@ -206,7 +206,7 @@ def test_damage_is_told_and_weighs_nothing(
 
 def test_what_was_prepared_otherwise_is_refused(model: Path, prepared: Path, tmp_path: Path) -> None:
     source, workdir = f"array_record:{prepared}", tmp_path / "run"
-    with pytest.raises(InputError, match=r"image_size=32, but the latents were prepared of 16 pixels"):
+    with pytest.raises(InputError, match=r"prepared of 16 x 16 pixels, but config.data.image_size and .* are 32 x 32"):
         train.train(config(model, source, **{"data.image_size": 32}), workdir)
     with pytest.raises(InputError, match=r"the VAE of config\.model is another"):
         train.train(config(Path("tiny-sd"), source), workdir)

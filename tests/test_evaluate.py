@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import images, quickstart
-from d2f_jax import InputError, Pipeline, distributed, metrics
+from d2f_jax import InputError, Pipeline, distributed, metrics, subjects
 from d2f_jax.data.shapes_world import shapes_world
 from d2f_jax.evaluate import evaluate
 from d2f_jax.measures import Gathered, Judges, scores
@@ -31,6 +31,7 @@ def config(model: Path, **changes: object) -> ConfigDict:
         {
             "model": str(model),
             "data.image_size": 16,
+            "data.image_width": 24,
             "data.num_train": 1,
             "data.num_validation": 8,
             "eval.num_images": COUNT,
@@ -49,11 +50,11 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
     safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "inception.safetensors")
     told = evaluate(config(model), tmp_path / "out", inception=str(tmp_path / "inception.safetensors"))
 
-    source = shapes_world(tmp_path / "out" / "data", size=16, split="validation", num_train=1, num_validation=8)
+    source = shapes_world(tmp_path / "out" / "data", size=24, split="validation", num_train=1, num_validation=8)
     examples = [source[i] for i in range(COUNT)]
-    texts, real = [example["text"] for example in examples], np.stack([example["image"] for example in examples])
+    texts, real = [example["text"] for example in examples], np.stack([x["image"][4:20] for x in examples])
     pipeline, inception = Pipeline.from_pretrained(model), metrics.load_inception(tmp_path / "inception.safetensors")
-    drawn = pipeline(texts, num_steps=3, guidance_scale=3.0, seed=1234, height=16, width=16, sampler="heun")
+    drawn = pipeline(texts, num_steps=3, guidance_scale=3.0, seed=1234, height=16, width=24, sampler="heun")
     features = [metrics.inception_features(inception, x) for x in (drawn, real)]
     fid = metrics.frechet_distance(*map(metrics.FeatureStatistics.of, features))
     classifier = metrics.load_classifier()
@@ -65,13 +66,17 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
     assert told[3]["kid"] == pytest.approx(metrics.kernel_distance(*features, subset_size=COUNT).mean, rel=1e-2)
     assert told[3]["shapes_frechet_distance"] == pytest.approx(shapes.frechet_distance, rel=1e-2)
     assert told[3]["caption_accuracy"] == shapes.caption_accuracy
+    subject = subjects.make(config(model), examples, judged=True)  # as training tells it
+    assert subject.judge is not None
+    assert subject.judge(drawn) == f"{shapes.frechet_distance:.2f} / {shapes.caption_accuracy:.0%}"
     assert told[1]["fid"] != told[3]["fid"] and "clip_score" not in told[3]
 
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert written["scores"] == {str(n): values for n, values in told.items()}
     assert (written["model"], written["num_images"], written["sampler"]) == (str(model), COUNT, "heun")
-    assert "| fid" in (tmp_path / "out" / "scores.md").read_text()
-    assert Image.open(tmp_path / "out" / "samples.png").size > (4 * 16, 16)
+    table = (tmp_path / "out" / "scores.md").read_text()
+    assert "6 pictures of 16 x 24 pixels" in table and "| fid" in table
+    assert Image.open(tmp_path / "out" / "samples.png").size > (4 * 24, 16)
 
 
 def test_shares_of_processes_are_the_whole() -> None:

@@ -23,6 +23,7 @@ from d2f_jax.alignment import Alignment
 from d2f_jax.task import Task
 
 DEPTH = Task("image_to_depth")
+RECTANGLE = {"data.image_width": 24, "data.resize": "fixed"}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arg", "changes"),
     [
-        ("flow_matching", {"task.start": "image", "task.start_noise": 0.3, "task.concatenate": False}),
+        ("flow_matching", {"task.start": "image", "task.start_noise": 0.3, "task.concatenate": False} | RECTANGLE),
         ("diffusion:lora_small", {"lora.conv_rank": 2, "lora.mlp_rank": 2}),
     ],
 )
@@ -222,7 +223,11 @@ def test_other_ways_to_learn_it(arg: str, changes: dict[str, Any], model: Path, 
     train.train(config, tmp_path)
     export = Pipeline.from_pretrained(tmp_path / "export")
     assert export.task == Task(**config.task.to_dict())
-    assert export.depth(pictures(1), num_steps=1).shape == (1, 16, 16)
+    shape = config.data.image_size, config.data.image_width or 16
+    assert export.depth(pictures(1, *shape), num_steps=1).shape == (1, *shape)
+    assert export.noise(0, 1).shape == (1, 8, shape[1] // 2, 4)
+    index = json.loads((tmp_path / "export" / "model_index.json").read_text())
+    assert index["default_processing_resolution"] == max(shape)
     if export.task.start == "image":
         with pytest.raises(InputError, match="sampler='ddim' starts at noise, this model's flow at the picture"):
             export.depth(pictures(1), sampler="ddim")

@@ -11,7 +11,7 @@ from d2f_jax.data import order
 from d2f_jax.data.depth import normalised
 from d2f_jax.data.fit import Fit, fit_depth, fit_image, picture_and_depth
 from d2f_jax.data.loader import train_batches
-from d2f_jax.data.sources import held_out
+from d2f_jax.data.sources import Example, held_out
 from d2f_jax.errors import InputError
 
 
@@ -95,7 +95,7 @@ MIXED = (Numbered(10), Numbered(7, first=50), Numbered(3, first=100))
 
 
 def batches(*sources, **changes):
-    options = {"batch_size": 4, "image_size": 8, "seed": 5}
+    options = {"batch_size": 4, "image_shape": (8, 8), "seed": 5}
     return train_batches(sources or (Numbered(10),), tokenize, **{**options, **changes})
 
 
@@ -110,10 +110,10 @@ def assert_same(a, b) -> None:
 
 
 def test_a_batch_has_the_promised_shapes():
-    batch = next(batches(Numbered(10, depth=True, noise=True), image_size=4, depth=True))
-    assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.uint8
-    assert batch["depth"].shape == (4, 4, 4) and batch["depth"].dtype == np.float32
-    assert batch["valid"].shape == (4, 4, 4) and batch["valid"].dtype == np.bool_
+    batch = next(batches(Numbered(10, depth=True, noise=True), image_shape=(4, 6), depth=True))
+    assert batch["image"].shape == (4, 4, 6, 3) and batch["image"].dtype == np.uint8
+    assert batch["depth"].shape == (4, 4, 6) and batch["depth"].dtype == np.float32
+    assert batch["valid"].shape == (4, 4, 6) and batch["valid"].dtype == np.bool_
     assert batch["noise"].shape == (4, 4, 4, 4) and batch["noise"].dtype == np.float32
     assert batch["input_ids"].shape == (4, 2) and batch["input_ids"].dtype == np.int32
     assert batch["weight"].tolist() == [1, 1, 1, 1] and batch["weight"].dtype == np.float32
@@ -328,7 +328,7 @@ def test_a_flip_mirrors_everything_or_nothing(source):
 def test_one_knob_leaves_the_other_alone():
     flipped = next(batches(batch_size=40, random_flip=True))["image"]
     np.testing.assert_array_equal(flipped, next(batches(batch_size=40, random_flip=True, caption_dropout=0.5))["image"])
-    cropped = next(batches(batch_size=40, crop="random", image_size=8))
+    cropped = next(batches(batch_size=40, crop="random", image_shape=(8, 8)))
     np.testing.assert_array_equal(cropped["input_ids"], next(batches(batch_size=40))["input_ids"])
 
 
@@ -345,7 +345,13 @@ class PreparedDepth:
 
 
 WHOLE = Fit(
-    image_size=8, depth=True, resize="aspect", crop="center", random_flip=False, caption_dropout=0.0, null_text=None
+    image_shape=(8, 8),
+    depth=True,
+    resize="aspect",
+    crop="center",
+    random_flip=False,
+    caption_dropout=0.0,
+    null_text=None,
 )
 
 
@@ -369,6 +375,8 @@ def test_a_random_crop_takes_picture_and_depth_from_the_same_place():
         # Depth is of the nearest pixel, the picture is interpolated: they begin within a pixel of each other.
         near = [normalised(np.tile(np.arange(k, k + 8.0), (8, 1)))[0] for k in (first - 1, first, first + 1)]
         assert min(np.abs(depth - wanted).max() for wanted in near) < 1e-6
+    wider = next(batches(Wide(), batch_size=60, crop="random", image_shape=(8, 24)))["image"][:, 0, :, 0]
+    assert wider[:, 0].min() < 2 and wider[:, 0].max() > 6 and wider.shape == (60, 24)
     centre = next(batches(Wide(), batch_size=2))
     np.testing.assert_array_equal(centre["image"][:, 0, :, 0], [np.arange(12, 20)] * 2)
 
@@ -403,20 +411,37 @@ def test_the_text_of_prepared_depth_is_the_folder_s_empty_one():
 def test_fitting_cuts_out_the_centre(height, width):
     columns = np.abs(np.arange(width) - (width - 1) / 2)
     image = np.broadcast_to((columns * 255 / columns.max())[None, :, None], (height, width, 3)).astype(np.uint8)
-    fitted = fit_image(image, 8)
+    fitted = fit_image(image, (8, 8))
     assert fitted.shape == (8, 8, 3)
     assert np.abs(fitted.astype(int) - fitted[:, ::-1]).max() <= 1  # the middle stays the middle
-    np.testing.assert_array_equal(fit_image(np.full((height, width, 3), 77, np.uint8), 8), 77)
+    np.testing.assert_array_equal(fit_image(np.full((height, width, 3), 77, np.uint8), (8, 8)), 77)
+
+
+@pytest.mark.parametrize("height, width", [(6, 8), (12, 32), (30, 8), (33, 15), (7, 100)])
+@pytest.mark.parametrize("resize", ["aspect", "fixed"])
+def test_rectangles_are_cut_out_as_large_as_they_fit_or_squeezed_whole(height, width, resize):
+    fit = dataclasses.replace(WHOLE, image_shape=(6, 8), resize=resize)
+    scale = min(height / 6, width / 8)
+    for axis, (side, of) in enumerate([(6, height), (8, width)]):
+        step = scale if resize == "aspect" else of / side
+        wanted = (of - side * step) / 2 + (np.arange(side) + 0.5) * step  # where the centres of pixels lie
+        plane = np.indices((height, width))[axis]
+        example: Example = {"image": np.repeat(plane[..., None], 3, -1).astype(np.uint8), "depth": plane, "text": ""}
+        image, depth = picture_and_depth(example, fit)
+        assert image.shape == (6, 8, 3) and depth is not None and depth.shape == (6, 8)
+        along = (slice(None), None) if axis == 0 else (None, slice(None))
+        assert np.abs(depth + 0.5 - wanted[along]).max() <= 0.5
+        assert np.abs(image[..., 0] + 0.5 - wanted[along]).max() <= 0.5 + 0.1 * step
 
 
 def test_fitting_does_not_alias():
     stripes = np.broadcast_to((np.arange(64) % 2 * 255)[None, :, None], (64, 64, 3)).astype(np.uint8)
-    assert np.abs(fit_image(stripes, 8)[:, 1:-1].astype(int) - 127).max() <= 12
+    assert np.abs(fit_image(stripes, (8, 8))[:, 1:-1].astype(int) - 127).max() <= 12
 
 
 def test_depth_is_never_averaged():
     depth = np.where(np.arange(30) < 11, 1.0, 9.0)[None].repeat(30, 0)
-    assert set(np.unique(fit_depth(depth, 7, (0, 0, 30, 30)))) == {1.0, 9.0}
+    assert set(np.unique(fit_depth(depth, (7, 7), (0, 0, 30, 30)))) == {1.0, 9.0}
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
@@ -453,8 +478,16 @@ def test_something_is_left_to_train_on_and_to_hold_out(count):
         ((Numbered(3, noise=True),), {"crop": "random"}, "crop='random' does not go with noise"),
         ((Numbered(3), Prepared(3)), {}, r"source 1 gives latent_mean \(4, 4, 4\), .* source 0 image \(8, 8, 3\)"),
         ((Prepared(3), Prepared(3, size=6)), {}, r"source 1 gives latent_mean \(6, 6, 4\)"),
-        ((Prepared(3),), {"latent_size": 6}, r"latent_mean has the shape \(4, 4, 4\), but image_size=8 makes .* 6 x 6"),
-        ((Numbered(3, noise=True),), {"latent_size": 6}, r"noise has the shape \(4, 4, 4\), but image_size=8 makes"),
+        (
+            (Prepared(3),),
+            {"latent_shape": (6, 6)},
+            r"latent_mean has the shape \(4, 4, 4\), but .* make latents of 6 x 6",
+        ),
+        (
+            (Numbered(3, noise=True),),
+            {"image_shape": (8, 12), "latent_shape": (4, 6)},
+            r"noise has the shape \(4, 4, 4\), but pictures of 8 x 12 pixels make latents of 4 x 6; change image_size",
+        ),
     ],
 )
 def test_what_cannot_work_is_told(sources, options, told):
@@ -465,4 +498,4 @@ def test_what_cannot_work_is_told(sources, options, told):
 
 def test_no_source_at_all():
     with pytest.raises(InputError, match="the data set is empty"):
-        train_batches([], tokenize, batch_size=1, image_size=8, seed=0)
+        train_batches([], tokenize, batch_size=1, image_shape=(8, 8), seed=0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small
 import twins
+from flax import nnx
 from PIL import Image
 
 from d2f_jax import InputError, Pipeline, metrics, sampling, sharding, weights
@@ -41,15 +42,15 @@ def test_ddim_of_diffusers(tiny: Pipeline) -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_the_export_in_diffusers(tiny: Pipeline, tmp_path: Path, num_steps: int) -> None:
-    tiny.save_pretrained(tmp_path / "export")
+    of_rectangles = nnx.clone(tiny.unet)
+    of_rectangles.config = dataclasses.replace(tiny.unet.config, sample_size=(12, 20))
+    dataclasses.replace(tiny, unet=of_rectangles).save_pretrained(tmp_path / "export")
     theirs = small.torch_pipeline(tmp_path / "export")
     assert type(theirs.scheduler).__name__ == "EulerDiscreteScheduler"
-    noise = tiny.noise(4, 2, height=48, width=80)
+    noise = Pipeline.from_pretrained(tmp_path / "export").noise(4, 2)
     grid = sampling.flow_grid(tiny.schedule, num_steps)
     expected = theirs(
         PROMPTS,
-        height=48,
-        width=80,
         latents=twins.nchw(np.asarray(noise)),
         guidance_scale=3.0,
         num_inference_steps=num_steps,

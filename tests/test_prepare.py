@@ -1,5 +1,6 @@
 """Preparing: what training would compute, the same files however they came about, and damage told or left out."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -104,7 +105,9 @@ def test_latents_and_text_states_are_the_networks_own(model: Path, pictures: Pat
         examples: list[dict[str, Any]] = [{**source[i]} for i in range(len(source))]
         assert [example["text"] for example in examples] == [folder[i]["text"] for i in indices]
         image = (
-            np.stack([fit_image(read_image(pictures / f"{i}.png"), 16) for i in indices]).astype(np.float32) / 127.5 - 1
+            np.stack([fit_image(read_image(pictures / f"{i}.png"), (16, 16)) for i in indices]).astype(np.float32)
+            / 127.5
+            - 1
         )
         latent, text_states = encoded(
             pipeline.vae, pipeline.text_encoder, image, pipeline.tokenize(["", *(folder[i]["text"] for i in indices)])
@@ -120,7 +123,13 @@ def test_latents_and_text_states_are_the_networks_own(model: Path, pictures: Pat
 
 def test_it_trains(finished: Path) -> None:
     source = PreparedSource(finished)
-    options = {"batch_size": 40, "image_size": 16, "seed": 0, "caption_dropout": 0.5, "null_text": source.null_text}
+    options = {
+        "batch_size": 40,
+        "image_shape": (16, 16),
+        "seed": 0,
+        "caption_dropout": 0.5,
+        "null_text": source.null_text,
+    }
     batches = train_batches([source], lambda texts: np.zeros((len(texts), 1)), **options)
     batch: dict[str, Any] = {**next(batches)}
     shapes = {name: batch[name].shape for name in ("latent_mean", "latent_std", "text_states")}
@@ -211,6 +220,18 @@ def test_another_config_is_refused(model: Path, pictures: Path, finished: Path) 
         prepare(config(model, pictures, **{"data.image_size": 15}), finished, OPTIONS)
 
 
+def test_folders_of_before_rectangles_are_of_squares(
+    model: Path, pictures: Path, finished: Path, tmp_path: Path
+) -> None:
+    tree = json.loads((finished / "manifest.json").read_text())
+    assert tree["plan"].pop("image_width") == 0
+    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    assert prepared.read_manifest(tmp_path) == prepared.read_manifest(finished)
+    with pytest.raises(InputError, match=r"latent_shape \(\(8, 8, 4\) .*, image_width \(0 there, 24 here\)"):
+        prepare(config(model, pictures, **{"data.image_width": 24}), finished, OPTIONS)
+    prepare(config(model, pictures, **{"data.image_width": 16}), finished, OPTIONS)
+
+
 def test_what_is_prepared_is_not_prepared_again(model: Path, pictures: Path, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"example \d+ of config\.data\.sources is prepared already"):
         prepare(config(model, pictures, **{"data.sources": (f"array_record:{finished}",)}), tmp_path, OPTIONS)
@@ -220,14 +241,18 @@ def test_another_model_is_refused(model: Path, finished: Path) -> None:
     pipeline = Pipeline.from_pretrained(model)
     parts = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
     manifest = PreparedSource(finished).manifest
-    prepared.check_model(manifest, *parts, image_size=16)
-    with pytest.raises(InputError, match="prepared of 16 pixels"):
-        prepared.check_model(manifest, *parts, image_size=32)
+    prepared.check_model(manifest, *parts, image_shape=(16, 16))
+    with pytest.raises(InputError, match="prepared of 16 x 16 pixels"):
+        prepared.check_model(manifest, *parts, image_shape=(32, 32))
+    wide = dataclasses.replace(manifest, plan=dataclasses.replace(manifest.plan, image_width=24))
+    prepared.check_model(wide, *parts, image_shape=(16, 24))
+    with pytest.raises(InputError, match=r"prepared of 16 x 24 pixels, but .* are 16 x 16"):
+        prepared.check_model(wide, *parts, image_shape=(16, 16))
     tiny = Pipeline.from_pretrained("tiny-sd")
     with pytest.raises(InputError, match=r"the VAE of config\.model is another"):
-        prepared.check_model(manifest, tiny.vae, *parts[1:], image_size=16)
+        prepared.check_model(manifest, tiny.vae, *parts[1:], image_shape=(16, 16))
     with pytest.raises(InputError, match=r"the text encoder of config\.model is another"):
-        prepared.check_model(manifest, parts[0], tiny.text_encoder, tiny.tokenizer, image_size=16)
+        prepared.check_model(manifest, parts[0], tiny.text_encoder, tiny.tokenizer, image_shape=(16, 16))
     # The decoder makes no latents.
     before = prepared.vae_fingerprint(pipeline.vae)
     pipeline.vae.decoder.conv_in.kernel[...] += 1

@@ -32,6 +32,7 @@ def config(model: Path, sampler: str) -> ConfigDict:
             "model": str(model),
             "seed": 3,
             "data.image_size": 16,
+            "data.image_width": 24,
             "data.num_train": CAPTIONS,
             "data.num_validation": 2,
             "reflow.count": COUNT,
@@ -57,8 +58,8 @@ def test_a_pair_is_what_the_pipeline_samples(made: tuple[str, Path], model: Path
     assert pairs[0]["text"] == pairs[CAPTIONS]["text"] != pairs[1]["text"]
     for i in (0, CAPTIONS, COUNT - 1):
         pair = pairs[i]
-        np.testing.assert_allclose(pair["noise"], teacher.noise(3, 1, 16, 16, first=i)[0], rtol=1e-6, atol=1e-6)
-        options = {"num_steps": 3, "guidance_scale": 3.0, "seed": 3, "first": i, "height": 16, "width": 16}
+        np.testing.assert_allclose(pair["noise"], teacher.noise(3, 1, 16, 24, first=i)[0], rtol=1e-6, atol=1e-6)
+        options = {"num_steps": 3, "guidance_scale": 3.0, "seed": 3, "first": i, "height": 16, "width": 24}
         image = teacher(pair["text"], sampler=Sampler(sampler), **options)[0].astype(int)
         latent = np.asarray(pair["latent_mean"], np.float32)[None]
         decoded = np.clip(np.asarray(teacher.vae.decode(latent))[0] / 2 + 0.5, 0, 1) * 255
@@ -96,6 +97,7 @@ def test_training_on_pairs(made: tuple[str, Path], model: Path, tmp_path: Path) 
         {
             "model": str(model),
             "data.image_size": 16,
+            "data.image_width": 24,
             "train.num_steps": 2,
             "train.batch_size": 8,
             "train.log_every": 1,

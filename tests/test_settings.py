@@ -137,6 +137,7 @@ def test_a_choice_is_one_of_those_named(name: str, other: str) -> None:
     [
         ("seed", -1, "is too small; use 0 or more"),
         ("data.held_out", -1, "use 0 or more"),
+        ("data.image_width", -8, "use 0 or more"),
         ("data.num_train", 0, "use 1 or more"),
         ("data.caption_dropout", 1.5, r"is too large; use 1 or less"),
         ("data.num_workers", -1, "use 0 or more"),

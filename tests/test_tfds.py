@@ -196,7 +196,7 @@ def test_a_damaged_file_is_told(tmp_path):
 
 def test_loads_with_workers(data_dir):
     source = opened(data_dir)
-    options = {"batch_size": 5, "image_size": 6, "seed": 0, "on_damage": "skip"}
+    options = {"batch_size": 5, "image_shape": (6, 6), "seed": 0, "on_damage": "skip"}
     alone = train_batches([source], numbers, **options)
     helped = train_batches([source], numbers, **options, num_workers=1)
     one, other = next(alone), next(helped)

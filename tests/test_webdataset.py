@@ -153,7 +153,7 @@ def test_pickles_and_reads_in_another_process(tmp_path):
 
 def test_one_shard_feeds_four_processes(tmp_path):
     source = WebDataset(write(tmp_path / "0.tar", pairs(*range(8))))
-    options = {"batch_size": 8, "image_size": 6, "seed": 0}
+    options = {"batch_size": 8, "image_shape": (6, 6), "seed": 0}
     parts = [train_batches([source], tokenize, **options, rows=[p, p + 4]) for p in range(4)]
     for _ in range(3):
         seen = np.concatenate([next(part)["input_ids"][:, 0] for part in parts])
@@ -326,7 +326,7 @@ def test_damage_of_one_example_stops_or_is_skipped_by_name(tmp_path, name):
         good.append(("0001.depth.npy", npy(np.ones((6, 8), np.float32))))
     path = write(tmp_path / "0.tar", [*good, *members])
     source = WebDataset(path, latent_scale=1 if latents else None)
-    options = {"batch_size": 2, "image_size": 6, "seed": 0, "depth": "depth" in name}
+    options = {"batch_size": 2, "image_shape": (6, 6), "seed": 0, "depth": "depth" in name}
     with pytest.raises(InputError, match=told) as error:
         next(train_batches([source], tokenize, **options))
     assert "\n" not in str(error.value) and str(error.value).startswith("example 1: ")

@@ -35,7 +35,7 @@ _OF_LATENTS = ("latent_mean", "latent_std", "picture_mean", "valid", "noise")
 class Fit:
     """How examples become rows; see `d2f_jax.data.loader.train_batches`."""
 
-    image_size: int
+    image_shape: tuple[int, int]  # height and width in pixels
     depth: bool
     resize: Resize
     crop: Crop
@@ -91,27 +91,27 @@ def blank(spec: Spec) -> Row:
     return row if "text_states" in spec else row | {"text": ""}
 
 
-def fit_image(image_HxWx3: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
-    """uint8 [size, size, 3]: what lies in `box`, the largest square in the middle if None (Lanczos, antialiased)."""
-    height, width = image_HxWx3.shape[:2]
-    box = box or _square(height, width, 0.5, 0.5)
-    if height == width == size and box == (0, 0, size, size):
+def fit_image(image_HxWx3: np.ndarray, shape: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """uint8 [*shape, 3]: what lies in `box`, the largest of this form in the middle if None (Lanczos, antialiased)."""
+    (height, width), (tall, wide) = image_HxWx3.shape[:2], shape
+    box = box or _largest(height, width, shape, 0.5, 0.5)
+    if (height, width) == shape and box == (0, 0, width, height):
         return image_HxWx3
-    return np.asarray(Image.fromarray(image_HxWx3).resize((size, size), Image.Resampling.LANCZOS, box))
+    return np.asarray(Image.fromarray(image_HxWx3).resize((wide, tall), Image.Resampling.LANCZOS, box))
 
 
-def fit_depth(depth_HxW: np.ndarray, size: int, box: Box) -> np.ndarray:
-    """float32 [size, size]: of every pixel the nearest, as a mean over an edge would belong to neither side."""
+def fit_depth(depth_HxW: np.ndarray, shape: tuple[int, int], box: Box) -> np.ndarray:
+    """float32 [*shape]: of every pixel the nearest, as a mean over an edge would belong to neither side."""
     left, top, right, bottom = box
-    centres = (np.arange(size) + 0.5) / size
-    rows, columns = (top + centres * (bottom - top)).astype(int), (left + centres * (right - left)).astype(int)
+    down, across = ((np.arange(side) + 0.5) / side for side in shape)
+    rows, columns = (top + down * (bottom - top)).astype(int), (left + across * (right - left)).astype(int)
     return np.asarray(depth_HxW[rows[:, None], columns], np.float32)
 
 
 def picture_and_depth(
     example: Example, fit: Fit, across: float = 0.5, down: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The picture, uint8 [size, size, 3], and with `fit.depth` its depth, float32 [size, size], cut alike.
+    """The picture, uint8 [H, W, 3], and with `fit.depth` its depth, float32 [H, W], cut alike to `fit.image_shape`.
 
     Raises InputError where they are not there.
     """
@@ -122,8 +122,9 @@ def picture_and_depth(
     if fit.resize == "fixed":
         box = (0.0, 0.0, float(width), float(height))
     else:
-        box = _square(height, width, across, down) if fit.crop == "random" else _square(height, width, 0.5, 0.5)
-    fitted = fit_image(image, fit.image_size, box)
+        places = (across, down) if fit.crop == "random" else (0.5, 0.5)
+        box = _largest(height, width, fit.image_shape, *places)
+    fitted = fit_image(image, fit.image_shape, box)
     if not fit.depth:
         return fitted, None
     if "depth" not in example:
@@ -131,11 +132,15 @@ def picture_and_depth(
     depth = example["depth"]
     if depth.shape != (height, width):
         raise InputError(f"the depth has the shape {depth.shape}, its picture {(height, width)}; make them equal")
-    return fitted, fit_depth(depth, fit.image_size, box)
+    return fitted, fit_depth(depth, fit.image_shape, box)
 
 
-def _square(height: int, width: int, across: float, down: float) -> Box:
-    """The largest square, at these fractions of the room that it has."""
-    side = min(height, width)
-    left, top = (width - side) * across, (height - side) * down
-    return left, top, left + side, top + side
+def _largest(height: int, width: int, shape: tuple[int, int], across: float, down: float) -> Box:
+    """The largest rectangle of the form of `shape`, at these fractions of the room that it has."""
+    tall, wide = shape
+    if height * wide <= width * tall:
+        box_height, box_width = height, height * wide / tall
+    else:
+        box_height, box_width = width * tall / wide, width
+    left, top = (width - box_width) * across, (height - box_height) * down
+    return left, top, left + box_width, top + box_height

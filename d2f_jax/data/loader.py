@@ -51,9 +51,9 @@ def train_batches(
     tokenize: Tokenize,
     *,
     batch_size: int,
-    image_size: int,
+    image_shape: tuple[int, int],
     depth: bool = False,
-    latent_size: int | None = None,
+    latent_shape: tuple[int, int] | None = None,
     seed: int,
     weights: Sequence[float] = (),
     rows: Sequence[int] | None = None,
@@ -73,9 +73,9 @@ def train_batches(
     Of several sources every one is endless, in a new order every epoch, and has its share by `weights` (equal if
     empty). All examples have the same arrays. With `depth` they have depth, and no caption.
 
-    `resize="aspect"` makes a picture's shorter side `image_size` and cuts the rest off around the centre, or anywhere
-    for `crop="random"`; `"fixed"` makes both sides `image_size`. Latents and noise must be of `latent_size`, that of
-    the VAE for `image_size` (None leaves it unchecked). `random_flip` mirrors half of the examples, pictures, depths,
+    Pictures become `image_shape`, height and width. `resize="aspect"` cuts them to its form, around the centre or
+    anywhere for `crop="random"`; `"fixed"` squeezes them whole. Latents and noise must be of `latent_shape`, that of
+    the VAE for `image_shape` (None leaves it unchecked). `random_flip` mirrors half of the examples, pictures, depths,
     latents and noise alike: leave it off where captions say left or right.
     `caption_dropout` is the probability of an empty caption, which classifier-free guidance needs; for text states
     that is `null_text` [L, D].
@@ -89,14 +89,14 @@ def train_batches(
     _check_sources(sources, weights)
     _check_rows(batch_size, rows)
     _check_at_least(0, first_batch=first_batch, seed=seed, num_workers=num_workers)
-    _check_at_least(1, image_size=image_size, read_ahead=read_ahead)
+    _check_at_least(1, height=image_shape[0], width=image_shape[1], read_ahead=read_ahead)
     for name, value, kind in [("resize", resize, Resize), ("crop", crop, Crop), ("on_damage", on_damage, OnDamage)]:
         if value not in get_args(kind):
             raise InputError(f"{name}={value!r} is none of {', '.join(get_args(kind))}")
     if not 0 <= caption_dropout <= 1:
         raise InputError(f"caption_dropout={caption_dropout:g} is no probability from 0 to 1")
     fit = Fit(
-        image_size=image_size,
+        image_shape=image_shape,
         depth=depth,
         resize=resize,
         crop=crop,
@@ -106,7 +106,7 @@ def train_batches(
     )
     guarded = [_Guarded(source, f" of source {k}" if len(sources) > 1 else "") for k, source in enumerate(sources)]
     spec = _common_spec([_spec(source, fit, on_damage) for source in guarded])
-    _check_fit(fit, spec, latent_size)
+    _check_fit(fit, spec, latent_shape)
 
     *shuffle_seeds, row_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(len(sources) + 1))
     endless = [
@@ -234,13 +234,14 @@ def _check_at_least(least: int, **numbers: int) -> None:
             raise InputError(f"{name}={value} must be at least {least}")
 
 
-def _check_fit(fit: Fit, spec: Spec, latent_size: int | None) -> None:
+def _check_fit(fit: Fit, spec: Spec, latent_shape: tuple[int, int] | None) -> None:
     shapes = {name: spec[name][0] for name in ("latent_mean", "latent_std", "picture_mean", "noise") if name in spec}
     for name, shape in shapes.items():
-        if latent_size is not None and shape[:2] != (latent_size, latent_size):
+        if latent_shape is not None and shape[:2] != latent_shape:
+            pixels, wanted = (" x ".join(map(str, sides)) for sides in (fit.image_shape, latent_shape))
             raise InputError(
-                f"{name} has the shape {shape}, but image_size={fit.image_size} makes latents of {latent_size} x "
-                f"{latent_size}; change image_size, or prepare the data for it"
+                f"{name} has the shape {shape}, but pictures of {pixels} pixels make latents of {wanted}; "
+                "change image_size and image_width, or prepare the data for them"
             )
     if len(set(shapes.values())) > 1:
         raise InputError(f"{_told({name: spec[name] for name in shapes})} must have one shape; write the data anew")

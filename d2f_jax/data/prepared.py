@@ -50,6 +50,7 @@ class Plan:
     sources: tuple[str, ...]
     held_out: int
     examples: dict[Split, int]
+    image_width: int = 0  # pixels; 0 is image_size, a square
     task: str = "text_to_image"  # of "image_to_depth" the latents are depth's, and their pictures' beside them
     teacher: dict[str, Any] | None = None  # of pairs with noise, how it was sampled from; see `d2f_jax.reflow`
 
@@ -115,17 +116,24 @@ def verify(folder: str | Path) -> Manifest:
 
 
 def check_model(
-    manifest: Manifest, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, image_size: int
+    manifest: Manifest,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    *,
+    image_shape: tuple[int, int],
 ) -> None:
-    """Raises InputError for what was prepared by another VAE or text encoder, or at another size (pixels).
+    """Raises InputError for what was prepared by another VAE or text encoder, or of another height and width (pixels).
 
     The parameters must be at hand, not yet spread over several hosts.
     """
     plan = manifest.plan
-    if plan.image_size != image_size:
+    there = (plan.image_size, plan.image_width or plan.image_size)
+    if there != image_shape:
+        told, wanted = (" x ".join(map(str, sides)) for sides in (there, image_shape))
         raise InputError(
-            f"config.data.image_size={image_size}, but the latents were prepared of {plan.image_size} pixels; "
-            "set it to that, or prepare them again"
+            f"the latents were prepared of {told} pixels, but config.data.image_size and image_width are {wanted}; "
+            "set them to that, or prepare the latents again"
         )
     for what, there, here in (
         ("VAE", plan.vae_fingerprint, vae_fingerprint(vae)),

@@ -56,7 +56,7 @@ _IGNORED = "addition_embed_type_num_heads"  # of an embedding that is refused
 class UNetConfig:
     """The keys of `unet/config.json`, with diffusers' defaults."""
 
-    sample_size: int | None = None  # of the latent that it was trained at
+    sample_size: int | tuple[int, int] | None = None  # side, or height and width, of the latent that it was trained at
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -91,7 +91,14 @@ class UNetConfig:
                 raise InputError(
                     f"config.json: {name}={list(value)} is not one number, nor one for each of {levels} levels"
                 )
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise InputError(f"config.json: sample_size={list(self.sample_size)} is not one side, nor height and width")
         return self
+
+    @property
+    def sample_shape(self) -> tuple[int, int] | None:
+        """Height and width of the latent that it was trained at, where that is told."""
+        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
 
     def level(self, name: str, i: int) -> int:
         """A key that may be one number, or one for each level."""

@@ -86,7 +86,7 @@ def curve(bench: Bench, given: Config, folder: Path, judge: Judge, leave: str = 
 
     def averaged(state: steps.TrainState) -> Pipeline:
         params = steps.unet_params(state.ema, frozen.unet, config.lora.scale)
-        return prior.filled(hollow, params, frozen, config.data.image_size)
+        return prior.filled(hollow, params, frozen, datasets.image_shape(config))
 
     marks = reached(bench.size, config)
     told: dict[str, Any] = cells.read(folder / "curve.json") or {}

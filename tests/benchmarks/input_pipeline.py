@@ -54,7 +54,8 @@ def main() -> None:
 
 
 def examples_per_second(source: Source, tokenize: weights.Tokenize, size: int, workers: int) -> float:
-    batches = train_batches([source], tokenize, batch_size=BATCH, image_size=size, seed=0, num_workers=workers)
+    options = {"batch_size": BATCH, "image_shape": (size, size), "seed": 0, "num_workers": workers}
+    batches = train_batches([source], tokenize, **options)
     for _ in range(12):  # what was read ahead while the workers started is not counted
         next(batches)
     began, done = time.perf_counter(), 0

@@ -92,6 +92,7 @@ def test_half_precision_is_near_and_keeps_float32_parameters(tmp_path: Path) -> 
         ({"block_out_channels": [16, 32]}, "2 of CrossAttnDownBlock2D and DownBlock2D"),
         ({"rope_theta": 3}, "rope_theta=3"),
         ({"attention_head_dim": [8, 8]}, r"attention_head_dim=\[8, 8\]"),
+        ({"sample_size": [8, 8, 8]}, r"sample_size=\[8, 8, 8\] is not one side, nor height and width"),
         ({"num_attention_heads": 8}, "num_attention_heads=8"),
         ({"downsample_padding": 0}, "downsample_padding=0"),
     ],
