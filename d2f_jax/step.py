@@ -14,7 +14,7 @@ from d2f_jax import flow, lora, objectives, optim, sharding
 from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.objectives import Objective
 from d2f_jax.schedule import NoiseSchedule
-from d2f_jax.task import Task
+from d2f_jax.task import Task, whole_patches
 
 Batch = dict[str, jax.Array]
 """image_BxHxWx3 uint8 or latent_mean_BxHxWxC (perhaps latent_std alike); input_ids_BxL or text_states_BxLxD.
@@ -228,15 +228,8 @@ def encoded(networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[n
     if "depth" not in batch:
         return Encoded(latent.mean, latent.std, text_BxLxD)
     mean = vae.encode(jnp.repeat(batch["depth"][..., None], 3, axis=-1)).mean
-    valid = whole_patches(batch["valid"], mean.shape[1:3])
+    valid = whole_patches(batch["valid"], mean.shape[1:3])[..., None]
     return Encoded(mean, jnp.zeros_like(mean), text_BxLxD, latent.mean, valid)
-
-
-def whole_patches(valid_BxHxW: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """bool [B, h, w, 1]: the patches of a grid of `size` all of whose pixels are valid."""
-    (count, height, width), (h, w) = valid_BxHxW.shape, size
-    patches = valid_BxHxW.reshape(count, h, height // h, w, width // w)
-    return jnp.all(patches, axis=(2, 4))[..., None]
 
 
 def draw(key: jax.Array, times: flow.TimeDistribution, networks: Networks, frozen: Frozen, batch: Batch) -> Draws:

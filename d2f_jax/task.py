@@ -5,10 +5,11 @@ Latents are [B, H, W, C], as the network sees them, that is scaled.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from d2f_jax.errors import InputError
@@ -90,6 +91,15 @@ def widened(unet: UNet2DConditionModel, inputs: int) -> UNet2DConditionModel:
     dtypes = {"dtype": unet.dtype, "param_dtype": kernel.dtype}
     wide = nnx.eval_shape(lambda: UNet2DConditionModel(config, **dtypes, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(wide), nnx.from_flat_state(flat))
+
+
+def whole_patches(valid_xHxW: jax.Array | np.ndarray, size: tuple[int, ...]) -> Any:
+    """bool [..., h, w], of JAX or of NumPy as given: the patches of a grid of `size` all of whose pixels are valid.
+
+    Each side of the grid must divide that of the mask.
+    """
+    (*batch, height, width), (h, w) = valid_xHxW.shape, size
+    return valid_xHxW.reshape(*batch, h, height // h, w, width // w).all(axis=(-3, -1))
 
 
 _CONV_IN = ("conv_in", "kernel")

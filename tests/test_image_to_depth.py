@@ -107,8 +107,9 @@ def test_what_does_not_go_together(fields: dict[str, Any], said: str) -> None:
 def test_a_patch_counts_where_all_its_pixels_are_known() -> None:
     valid = np.ones((1, 8, 12), bool)
     valid[0, 3, 5] = valid[0, 7, 0] = False
-    found = np.asarray(steps.whole_patches(jnp.asarray(valid), (2, 3)))[0, ..., 0]
+    found = np.asarray(task.whole_patches(jnp.asarray(valid), (2, 3)))[0]
     np.testing.assert_array_equal(found, [[True, False, True], [False, True, True]])
+    np.testing.assert_array_equal(task.whole_patches(valid[0], (2, 3)), found)
 
 
 def test_the_loss_does_not_look_where_nothing_is_known(model: Path) -> None:

@@ -91,6 +91,47 @@ def test_pictures_with_depth(tmp_path, extension):
     np.testing.assert_array_equal(example["depth"], depth[0].astype(np.float32))
 
 
+def test_depth_that_is_not_positive_and_finite_becomes_0(tmp_path):
+    depth, mask = np.arange(48, dtype=np.float32).reshape(6, 8), np.ones((1, 6, 8), bool)
+    wanted = depth.copy()
+    depth[1, 1:5], wanted[1, 1:5] = (np.nan, np.inf, -np.inf, -2), 0
+    mask[0, 4], wanted[4] = False, 0
+    members = [("x.png", png()), ("x.depth.npy", npy(depth)), ("x.valid_mask.npy", npy(mask))]
+    example = WebDataset(write(tmp_path / "0.tar", members))[0]
+    np.testing.assert_array_equal(example["depth"], wanted)
+    assert example["text"] == "" and example["depth"].dtype == np.float32
+
+
+def test_latents_of_depth_are_learned_and_their_pictures_shown(tmp_path):
+    members = [("x.depth_latent.npy", npy(LATENT)), ("x.image_latent.npy", npy(2 * LATENT)), ("x.image.png", b"")]
+    source = WebDataset(write(tmp_path / "0.tar", members), latent_scale=0.5)
+    example, latent = source[0], (LATENT.transpose(1, 2, 0) / 0.5).astype(np.float16)
+    assert set(example) == {"text", "latent_mean", "picture_mean", "valid"} and example["text"] == ""
+    np.testing.assert_array_equal(example["latent_mean"], latent)
+    np.testing.assert_array_equal(example["picture_mean"], 2 * latent)
+    assert example["valid"].dtype == bool and example["valid"].shape == (6, 5) and example["valid"].all()
+    options = {"batch_size": 1, "image_shape": (48, 40), "latent_shape": (6, 5), "seed": 0}
+    batch = next(train_batches([source], lambda captions: np.zeros((len(captions), 1)), **options, depth=True))
+    np.testing.assert_array_equal(batch["picture_mean"][0], 2 * latent)
+    with pytest.raises(InputError, match="the latents are of depth"):
+        train_batches([source], tokenize, **options)
+    alone = WebDataset(write(tmp_path / "1.tar", members[:1]), latent_scale=1)
+    with pytest.raises(InputError, match=r"x has a latent of depth, and none of its picture; add image_latent\.npy"):
+        alone[0]
+
+
+@pytest.mark.parametrize("name, factor", [("valid_mask", 1), ("valid_mask", 8), ("depth", 8), ("depth", 1)])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
+def test_patches_of_depth_that_are_known_as_a_whole_are_valid(tmp_path, name, factor, dtype):
+    known = np.ones((6 * factor, 5 * factor), np.float32 if name == "depth" else dtype)
+    wanted = np.ones((6, 5), bool)
+    known[3 * factor, 5 * factor - 1] = np.nan if name == "depth" else 0
+    wanted[3, 4] = False
+    latents = [("x.depth_latent.npy", npy(LATENT)), ("x.image_latent.npy", npy(LATENT))]
+    source = WebDataset(write(tmp_path / "0.tar", [*latents, (f"x.{name}.npy", npy(known))]), latent_scale=1)
+    np.testing.assert_array_equal(source[0]["valid"], wanted)
+
+
 @pytest.mark.parametrize("stored", [LATENT, LATENT.transpose(1, 2, 0), np.asfortranarray(LATENT), LATENT.astype("f2")])
 def test_latents_come_with_channels_first_or_last(tmp_path, stored):
     members = [("x.latent.npy", npy(stored)), ("x.txt", b"a")]
@@ -250,10 +291,8 @@ def test_two_pictures_of_one_example_are_refused(tmp_path, second):
 
 
 def test_two_latents_of_one_example_are_refused(tmp_path):
-    members = [("1.image_latent.npy", b""), ("1.depth_latent.npy", b"")]
-    refused(
-        write(tmp_path / "0.tar", members), "two members for latent of 1: 1.image_latent.npy and 1.depth_latent.npy"
-    )
+    members = [("1.image_latent.npy", b""), ("1.latent.npy", b"")]
+    refused(write(tmp_path / "0.tar", members), r"two members for latent of 1: 1\.image_latent\.npy and 1\.latent\.npy")
 
 
 def test_the_scale_of_latents_is_never_guessed(tmp_path):
@@ -261,6 +300,7 @@ def test_the_scale_of_latents_is_never_guessed(tmp_path):
     refused(latents, r"0\.tar holds latents; say what they were multiplied by: latent_scale=0\.18215")
     for scale in (0, -1, np.nan, np.inf):
         refused(latents, r"latent_scale=\S+ must be positive", latent_scale=scale)
+    refused(write(tmp_path / "2.tar", [("x.depth_latent.npy", npy(LATENT))]), "holds latents; say what they were")
     refused(write(tmp_path / "1.tar", pairs(1)), "latent_scale=1 is for latents, and .* holds none", latent_scale=1)
 
 
@@ -295,6 +335,18 @@ DAMAGED = {
     "depth of other size": (
         [("x.png", png()), ("x.txt", b"a"), ("x.depth.npy", npy(np.ones((6, 9), np.float32)))],
         r"the depth has the shape \(6, 9\), its picture \(6, 8\)",
+    ),
+    "depth with a mask of other size": (
+        [
+            ("x.png", png()),
+            ("x.depth.npy", npy(np.ones((6, 8), np.float32))),
+            ("x.valid_mask.npy", npy(np.ones((6, 9)))),
+        ],
+        r"the valid mask has the shape \(6, 9\), no multiple of \(6, 8\); make it of that size",
+    ),
+    "depth with a mask of text": (
+        [("x.png", png()), ("x.depth.npy", npy(np.ones((6, 8), np.float32))), ("x.valid_mask.npy", npy(np.array("a")))],
+        "the valid mask holds <U1, wanted is numbers or booleans",
     ),
 }
 BAD_ARRAYS = {

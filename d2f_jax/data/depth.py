@@ -29,6 +29,11 @@ def distance_to_depth(distance_HxW: np.ndarray, focal: float) -> np.ndarray:
     return distance_HxW.astype(np.float32) * (focal / np.sqrt(x_W**2 + y_H[:, None] ** 2 + focal**2))
 
 
+def measured(depth_HxW: np.ndarray) -> np.ndarray:
+    """float32 [H, W]: the depths that are positive and finite, and 0 elsewhere."""
+    return np.where(np.isfinite(depth_HxW) & (depth_HxW > 0), depth_HxW, 0).astype(np.float32)
+
+
 def normalised(depth_HxW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 [H, W] in [-1, 1], and bool [H, W] which pixels are valid: those with a depth, positive and finite.
 
@@ -36,7 +41,7 @@ def normalised(depth_HxW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     99th becomes 1, and clipped there; so neither the unit of depth nor a power of it makes a difference. The others
     become 1, far as the sky is. Where both percentiles coincide, valid pixels become 0.
     """
-    valid_HxW = np.isfinite(depth_HxW) & (depth_HxW > 0)
+    valid_HxW = measured(depth_HxW) > 0
     y_HxW = np.ones(depth_HxW.shape, np.float32)
     if valid_HxW.any():
         depth_N = depth_HxW[valid_HxW]

@@ -22,11 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from d2f_jax.data.npy import read_npy
+from d2f_jax.data.depth import measured
+from d2f_jax.data.npy import read_mask, read_npy
 from d2f_jax.data.sources import Example, read_image
 from d2f_jax.errors import InputError
+from d2f_jax.task import whole_patches
 
-PARTS = ("image", "text", "depth", "latent", "noise")
+PARTS = ("image", "text", "depth", "depth_latent", "valid", "latent", "noise")
 
 
 class WebDataset:
@@ -34,12 +36,16 @@ class WebDataset:
 
     `pattern` is a file, a folder of `*.tar`, a glob, or has a range of numbers as in `{00000..00219}.tar`. An example
     has a caption, `prompt.txt` or `txt`, and a picture, `image.jpg` or `jpg` (png, jpeg, webp), or a latent,
-    `latent.npy` or `..._latent.npy`; perhaps `depth.npy` and `noise.npy`. Arrays are floating point, of shape [4, h, w]
-    or [h, w, 4], depth [H, W] or [1, H, W]; other members are left alone.
+    `latent.npy` or `..._latent.npy`; perhaps `noise.npy`. With depth, `depth.npy` or `depth_latent.npy`, it needs no
+    caption, and may have a `valid_mask.npy`. Arrays are floating point, of shape [4, h, w] or [h, w, 4], depth and mask
+    [H, W] or [1, H, W], a mask of any numbers, 1 or more where depth is known; other members are left alone.
 
-    Where there are latents the pictures are not read. `latent_scale` is the number that they were multiplied by: that
-    of the VAE, as in the shards that Diff2Flow was trained on, or 1. It can't be told from the data, so there is none
-    that is taken for granted.
+    Where there are latents the pictures are not read. A latent of depth counts where the mask and `depth.npy`, as far
+    as they are there, know its whole patch: they have the latent's size, or a multiple of it.
+
+    `latent_scale` is the number that latents were multiplied by: that of the VAE, as in the shards of pictures that
+    Diff2Flow was trained on, or 1, as in those of depth. It can't be told from the data, so there is none that is taken
+    for granted.
     """
 
     def __init__(self, pattern: str | Path, latent_scale: float | None = None):
@@ -60,20 +66,23 @@ class WebDataset:
         shard = self._shards[self._shard_of[index]]
         where = f"{shard}: {self._keys[index]}"
         data = _read(shard, self._places[index])
-        if "text" not in data:
-            raise InputError(f"{where} has no caption; add a member prompt.txt or txt")
-        try:
-            example: Example = {"text": data["text"].decode().strip()}
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: the caption is not UTF-8 text ({error}); write it anew") from error
-        if "latent" in data and self._latent_scale is not None:
-            name = f"{where}: the latent"
-            latent = _channels_last(read_npy(data["latent"], name), name) / self._latent_scale
-            example["latent_mean"] = _finite(latent, name).astype(np.float16)
+        example: Example = {"text": _caption(data, where)}
+        if "depth_latent" in data:
+            example["latent_mean"] = self._latent(data, "depth_latent", f"{where}: the latent of depth")
+            if "latent" not in data:
+                raise InputError(f"{where} has a latent of depth, and none of its picture; add image_latent.npy")
+            example["picture_mean"] = self._latent(data, "latent", f"{where}: the latent")
+            size = example["latent_mean"].shape[:2]
+            example["valid"] = _mask(data, size, where)
+            if "depth" in data:
+                example["valid"] &= _patches(_depth(data, where) > 0, size, f"{where}: the depth")
+        elif "latent" in data:
+            example["latent_mean"] = self._latent(data, "latent", f"{where}: the latent")
         elif "image" in data:
             example["image"] = read_image(data["image"], f"{where}: the picture")
             if "depth" in data:
-                example["depth"] = _flat(read_npy(data["depth"], f"{where}: the depth"), f"{where}: the depth")
+                depth_HxW = _depth(data, where)
+                example["depth"] = np.where(_mask(data, depth_HxW.shape, where), depth_HxW, np.float32(0))
         else:
             raise InputError(f"{where} has no picture and no latent; add a member image.jpg or jpg")
         if "noise" in data:
@@ -81,8 +90,13 @@ class WebDataset:
             example["noise"] = _finite(_channels_last(read_npy(data["noise"], name), name), name)
         return example
 
+    def _latent(self, data: dict[str, bytes], part: str, name: str) -> np.ndarray:
+        assert self._latent_scale is not None, "shards with latents are not opened without it"
+        latent = _channels_last(read_npy(data[part], name), name) / self._latent_scale
+        return _finite(latent, name).astype(np.float16)
+
     def _check_scale(self, pattern: str, latent_scale: float | None) -> None:
-        has_latents = (self._places[:, PARTS.index("latent")] != _NONE).any()
+        has_latents = any((self._places[:, PARTS.index(part)] != _NONE).any() for part in ("latent", "depth_latent"))
         if has_latents and latent_scale is None:
             raise InputError(
                 f"{pattern} holds latents; say what they were multiplied by: "
@@ -97,8 +111,10 @@ class WebDataset:
 def _read(shard: str, places: np.ndarray) -> dict[str, bytes]:
     """The parts that the example has. The file is opened anew: descriptors neither pickle nor are there many."""
     parts = [(part, offset, size) for part, (offset, size) in zip(PARTS, places.tolist(), strict=True) if size >= 0]
-    if any(part == "latent" for part, _, _ in parts):
-        parts = [(part, offset, size) for part, offset, size in parts if part not in ("image", "depth")]
+    there = {part for part, _, _ in parts}
+    if "depth_latent" in there or "latent" in there:
+        unread = ("image",) if "depth_latent" in there else ("image", "depth", "valid")
+        parts = [(part, offset, size) for part, offset, size in parts if part not in unread]
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         data = {part: os.pread(descriptor, size, offset) for part, offset, size in parts}
@@ -115,6 +131,7 @@ def _read(shard: str, places: np.ndarray) -> dict[str, bytes]:
 _NONE = -1  # offset and size of a part that an example lacks
 _MAX_VALUE = 65504  # of float16
 _PICTURES = re.compile(r"(image\.)?(jpg|jpeg|png|webp)")
+_ARRAYS = {"depth.npy": "depth", "depth_latent.npy": "depth_latent", "valid_mask.npy": "valid", "noise.npy": "noise"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -169,9 +186,9 @@ def _part(field: str) -> str | None:
         return "image"
     if field in ("txt", "prompt.txt"):
         return "text"
-    if field == "latent.npy" or field.endswith("_latent.npy"):
-        return "latent"
-    return {"depth.npy": "depth", "noise.npy": "noise"}.get(field)
+    if field in _ARRAYS:
+        return _ARRAYS[field]
+    return "latent" if field == "latent.npy" or field.endswith("_latent.npy") else None
 
 
 class _Member(NamedTuple):
@@ -227,6 +244,34 @@ def _check(shard: str, member: tarfile.TarInfo) -> None:
         raise InputError(f"{shard}: the name {name} holds characters that do not print; {mend}")
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise InputError(f"{shard}: the name {name} leads out of the shard; {mend}")
+
+
+def _caption(data: dict[str, bytes], where: str) -> str:
+    if "text" not in data:
+        if "depth" in data or "depth_latent" in data:
+            return ""
+        raise InputError(f"{where} has no caption; add a member prompt.txt or txt")
+    try:
+        return data["text"].decode().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: the caption is not UTF-8 text ({error}); write it anew") from error
+
+
+def _depth(data: dict[str, bytes], where: str) -> np.ndarray:
+    name = f"{where}: the depth"
+    return measured(_flat(read_npy(data["depth"], name), name))
+
+
+def _mask(data: dict[str, bytes], size: tuple[int, ...], where: str) -> np.ndarray:
+    """bool [*size], true everywhere if there is none."""
+    name = f"{where}: the valid mask"
+    return _patches(_flat(read_mask(data["valid"], name), name), size, name) if "valid" in data else np.ones(size, bool)
+
+
+def _patches(valid_HxW: np.ndarray, size: tuple[int, ...], name: str) -> np.ndarray:
+    if any(side % of for side, of in zip(valid_HxW.shape, size, strict=True)):
+        raise InputError(f"{name} has the shape {valid_HxW.shape}, no multiple of {size}; make it of that size")
+    return whole_patches(valid_HxW, size)
 
 
 def _channels_last(values: np.ndarray, where: str) -> np.ndarray:
