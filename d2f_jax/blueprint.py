@@ -27,7 +27,8 @@ from d2f_jax.schedule import NoiseSchedule
 KNOWN_MODELS = Path(__file__).parent / "assets" / "known_models.json"
 """What the config files of well-known hub ids say, so that they need not be fetched."""
 
-_PICTURES = ("shapes_world", "image_folder", "tfds", "webdataset", "hypersim", "vkitti2")  # kinds that usually are
+# Kinds of sources that usually hold pictures
+_PICTURES = ("shapes_world", "image_folder", "tfds", "webdataset", "hypersim", "vkitti2", "depth_list")
 
 
 @dataclasses.dataclass(frozen=True)

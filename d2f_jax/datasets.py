@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,24 @@ class Data:
             )
 
     def examples(self, count: int) -> list[Example]:
-        """At most `count` examples to draw, in turn from each source.
+        """At most `count` examples to draw. Raises InputError as `reading`."""
+        return list(itertools.islice(self.reading(), count))
+
+    def reading(self) -> Iterator[Example]:
+        """All examples to draw, in turn from each source, each of them read when its turn has come.
 
         Raises InputError for one that cannot be read, unless such are skipped.
         """
-        sources = self.shown
-        turns = itertools.zip_longest(*(range(len(source)) for source in sources))
-        found: list[Example] = []
+        turns = itertools.zip_longest(*(range(len(source)) for source in self.shown))
         for k, i in ((k, i) for turn in turns for k, i in enumerate(turn) if i is not None):
-            if len(found) == count:
-                break
             try:
-                found.append(sources[k][i])
+                example = self.shown[k][i]
             except (InputError, OSError) as error:
                 if self.on_damage == "stop":
                     raise InputError(f"example {i} of source {k}: {error}") from error
                 logging.error("left out: example %s of source %s: %s", i, k, error)
-        return found
+            else:
+                yield example
 
     def train_batches(self, config: Config, mesh: Mesh, first: int) -> Generator[Batch]:
         """Endless global batches on their devices from number `first` on, the next on its way while one is in use."""

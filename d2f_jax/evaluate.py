@@ -13,8 +13,10 @@ With `config.task.name="image_to_depth"` depth is estimated of the whole picture
 `config.eval.depth` says.
 """
 
+import collections
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -62,17 +64,18 @@ def evaluate(
     settings.check(config, mesh)
     pipeline = prior.load(config)
     data = datasets.open_data(config, folder, pipeline, datasets.open_given(config))
-    examples = data.examples(config.eval.num_images)
-    if any("image" not in example for example in examples):
-        raise InputError("config.data.sources hold prepared latents; give pictures as config.eval.sources")
     if datasets.of_depth(config):
-        found, cells = depth_scores(config, pipeline.on_mesh(mesh), examples)
-        notes = []
+        most, notes = min(config.eval.num_images, sum(map(len, data.shown))), []
+        found, cells, count = depth_scores(config, pipeline.on_mesh(mesh), data.reading(), most)
     else:
+        examples = data.examples(config.eval.num_images)
+        if any("image" not in example for example in examples):
+            raise InputError("config.data.sources hold prepared latents; give pictures as config.eval.sources")
         found, cells = picture_scores(config, pipeline.on_mesh(mesh), examples, inception, clip)
         notes = [f"{i}. {example['text']}" for i, example in enumerate(examples[: config.eval.grid_images], 1)]
+        count = len(examples)
     if distributed.is_main():
-        write(config, folder, found, cells, notes, len(examples))
+        write(config, folder, found, cells, notes, count)
     distributed.barrier("evaluated")
     return found
 
@@ -104,24 +107,27 @@ def picture_scores(
     return found, cells
 
 
-def depth_scores(config: Config, pipeline: Pipeline, examples: Sequence[Example]) -> tuple[Found, Cells]:
-    """Of depth that is estimated of the pictures, against what was measured. Raises InputError where nothing was."""
-    wanted, count = config.eval, len(examples)
-    protocol, kept = metrics.DEPTH_PROTOCOLS[wanted.depth.protocol], min(wanted.grid_images, count)
-    pairs = [measured_pair(example, protocol, i) for i, example in enumerate(examples)]
-    shape = datasets.image_shape(config)
-    cells = {
-        "picture": np.stack([fit_image(image, shape) for image, _ in pairs[:kept]]),
-        "measured": np.stack([depth_picture(depth, shape) for _, depth in pairs[:kept]]),
-    }
-    found: Found = {}
+def depth_scores(
+    config: Config, pipeline: Pipeline, examples: Iterable[Example], count: int
+) -> tuple[Found, Cells, int]:
+    """Of depth that is estimated of at most `count` pictures, against what was measured; and how many they are.
+
+    Few of them are held at a time. Raises InputError where nothing was measured.
+    """
+    wanted, shape, judged = config.eval, datasets.image_shape(config), 0
+    protocol = metrics.DEPTH_PROTOCOLS[wanted.depth.protocol]
+    pairs = (measured_pair(example, protocol, i) for i, example in enumerate(itertools.islice(examples, count)))
+    errors = dict.fromkeys(wanted.step_counts, metrics.Means())
+    cells: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     work = count * sum(wanted.step_counts)
     with tqdm(total=work, desc="estimating", unit="step", disable=not distributed.is_main()) as bar:
-        for num_steps in wanted.step_counts:
-            errors, shown = metrics.Means(), []
-            for first, chunk in alike(pairs, wanted.batch_size):
+        for first, chunk in alike(pairs, wanted.batch_size):
+            images, kept = np.stack([image for image, _ in chunk]), max(0, wanted.grid_images - first)
+            cells["picture"] += [fit_image(image, shape) for image in images[:kept]]
+            cells["measured"] += [depth_picture(normalised(depth)[0] / 2 + 0.5, shape) for _, depth in chunk[:kept]]
+            for num_steps in wanted.step_counts:
                 estimates = pipeline.depth(
-                    np.stack([image for image, _ in chunk]),
+                    images,
                     num_steps=num_steps,
                     ensemble=wanted.depth.ensemble,
                     resolution=max(shape),
@@ -130,20 +136,22 @@ def depth_scores(config: Config, pipeline: Pipeline, examples: Sequence[Example]
                     sampler=settings.eval_sampler(config),
                 )
                 for i in range(jax.process_index(), len(chunk), jax.process_count()):
-                    error = judged(protocol, wanted.depth.space, estimates[i], chunk[i][1], first + i)
-                    errors = errors.add(error._asdict())
-                shown += list(estimates[: max(0, kept - first)])
+                    error = judge(protocol, wanted.depth.space, estimates[i], chunk[i][1], first + i)
+                    errors[num_steps] = errors[num_steps].add(error._asdict())
+                cells[_steps(num_steps)] += [depth_picture(estimate, shape) for estimate in estimates[:kept]]
                 bar.update(len(chunk) * num_steps)
-            found[num_steps] = distributed.merged(errors).means()
-            cells[_steps(num_steps)] = np.stack(
-                [fit_image(shown_depth(estimate[None])[0], shape) for estimate in shown]
-            )
-    return found, cells
+            judged = first + len(chunk)
+    if not judged:
+        raise InputError("none of the pictures with depth can be read; give others as config.eval.sources")
+    found = {num_steps: distributed.merged(means).means() for num_steps, means in errors.items()}
+    return found, {name: np.stack(pictures) for name, pictures in cells.items()}, judged
 
 
 def measured_pair(example: Example, protocol: DepthProtocol, index: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture and its depth, as the protocol cuts them."""
-    if "image" not in example or "depth" not in example or example["depth"].shape != example["image"].shape[:2]:
+    if "image" not in example:
+        raise InputError("config.data.sources hold prepared latents; give pictures with depth as config.eval.sources")
+    if "depth" not in example or example["depth"].shape != example["image"].shape[:2]:
         raise InputError(f"example {index} has no depth of its picture's size; give pictures with depth")
     try:
         return protocol.cut(example["image"]), protocol.cut(example["depth"])
@@ -151,7 +159,7 @@ def measured_pair(example: Example, protocol: DepthProtocol, index: int) -> tupl
         raise InputError(f"example {index}: {error}; give another config.eval.depth.protocol") from error
 
 
-def judged(
+def judge(
     protocol: DepthProtocol, space: DepthSpace, estimate: np.ndarray, depth: np.ndarray, index: int
 ) -> DepthErrors:
     own = depth > 0 if protocol.own_mask else None
@@ -161,19 +169,17 @@ def judged(
         raise InputError(f"example {index}: {error}") from error
 
 
-def alike(pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, Sequence[Pair]]]:
+def alike(pairs: Iterable[Pair], batch_size: int) -> Iterator[tuple[int, list[Pair]]]:
     """Neighbours of one size, at most `batch_size` of them, with the number of the first."""
     first = 0
-    while first < len(pairs):
-        end = first + 1
-        while end < min(len(pairs), first + batch_size) and pairs[end][1].shape == pairs[first][1].shape:
-            end += 1
-        yield first, pairs[first:end]
-        first = end
+    for _, neighbours in itertools.groupby(pairs, lambda pair: pair[1].shape):
+        while chunk := list(itertools.islice(neighbours, batch_size)):
+            yield first, chunk
+            first += len(chunk)
 
 
 def depth_picture(depth_HxW: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return fit_image(shown_depth(normalised(depth_HxW)[0][None] / 2 + 0.5)[0], shape)
+    return fit_image(shown_depth(depth_HxW[None])[0], shape)
 
 
 def draw(

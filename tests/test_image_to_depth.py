@@ -1,6 +1,7 @@
 """Depth of pictures: the network that is widened for it, its loss, its samples, and diffusers' own pipeline of it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 import twins
 from flax import nnx
 from ml_collections import ConfigDict
+from PIL import Image
 from safetensors.numpy import load_file
 
 from configs import depth
-from d2f_jax import InputError, Pipeline, ensemble, evaluate, objectives, prepare, prior, sharding, task, train
+from d2f_jax import InputError, Pipeline, ensemble, evaluate, metrics, objectives, prepare, prior, sharding, task, train
 from d2f_jax import step as steps
 from d2f_jax.alignment import Alignment
+from d2f_jax.data.open import open_source
 from d2f_jax.task import Task
 
 DEPTH = Task("image_to_depth")
@@ -209,6 +212,42 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
     config.eval.depth.protocol = "nyuv2"
     with pytest.raises(InputError, match="example 0: this crop is of pictures of 480 x 640 pixels, not 16 x 16"):
         evaluate.evaluate(config, tmp_path)
+
+
+def test_a_benchmark_is_judged_as_it_says(finished: Path, tmp_path: Path) -> None:
+    images, rng = pictures(3, 480, 640), np.random.default_rng(1)
+    millimetres = rng.integers(0, 12_000, (3, 480, 640), np.uint16)
+    for i in range(3):
+        Image.fromarray(images[i]).save(tmp_path / f"rgb_{i}.png")
+        Image.fromarray(millimetres[i]).save(tmp_path / f"depth_{i}.png")
+    (tmp_path / "list.txt").write_text("".join(f"rgb_{i}.png depth_{i}.png filled_{i}.png\n" for i in range(3)))
+    source = open_source(f"depth_list:{tmp_path / 'list.txt'}?protocol=nyuv2")
+    pipeline = Pipeline.from_pretrained(finished / "export")
+    config = shrunk(finished / "export", **{"eval.depth.protocol": "nyuv2", "eval.step_counts": (1,)})
+    found, cells, count = evaluate.depth_scores(config, pipeline, (source[i] for i in range(3)), 2)
+    assert count == 2 and list(cells) == ["picture", "measured", "1 step"]
+    assert all(cell.shape == (2, 16, 16, 3) for cell in cells.values())
+    estimates = pipeline.depth(images[:2], num_steps=1, resolution=16, seed=config.eval.seed)
+    depth = millimetres[:2] / 1000
+    depth[:, :45], depth[:, 471:], depth[:, :, :41], depth[:, :, 601:] = 0, 0, 0, 0
+    within = metrics.DepthProtocol(1e-3, 10.0)
+    errors = [metrics.depth_errors(within, p, d, space="log") for p, d in zip(estimates, depth, strict=True)]
+    assert found[1]["abs_rel"] == pytest.approx(np.mean([e.abs_rel for e in errors]), rel=1e-4)
+
+
+def test_pictures_that_are_alike_are_estimated_together_and_few_are_held() -> None:
+    read = []
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for i, width in enumerate((4, 4, 4, 6, 4)):
+            read.append(i)
+            yield np.zeros((2, width, 3), np.uint8), np.full((2, width), i, np.float32)
+
+    found = [
+        (first, [int(depth[0, 0]) for _, depth in chunk], len(read)) for first, chunk in evaluate.alike(pairs(), 2)
+    ]
+    assert [chunk[:2] for chunk in found] == [(0, [0, 1]), (2, [2]), (3, [3]), (4, [4])]
+    assert found[0][2] == 2
 
 
 @pytest.mark.parametrize(

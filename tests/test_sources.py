@@ -191,7 +191,7 @@ def test_a_colour_is_a_picture_and_its_name():
         (
             "pictures",
             "'pictures' is not of the form kind:path.*; "
-            "kinds are array_record, hypersim, image_folder, tfds, uniform_colours, vkitti2, webdataset",
+            "kinds are array_record, depth_list, hypersim, image_folder, tfds, uniform_colours, vkitti2, webdataset",
         ),
         ("image_folder:", "is not of the form kind:path"),
         ("zip:a", "no kind 'zip'; kinds are array_record, .*, uniform_colours, vkitti2, webdataset"),

@@ -83,7 +83,7 @@ class VirtualKitti2:
     def __getitem__(self, index: int) -> Example:
         picture, depth = (self._folder / name for name in self._frames[index])
         image_HxWx3 = read_image(picture)
-        depth_HxW = _read_png(depth, image_HxWx3.shape[:2]) / 100
+        depth_HxW = read_png(depth, image_HxWx3.shape[:2]) / 100
         depth_HxW[depth_HxW > _FAR] = 0
         try:
             return {"text": "", "image": cut(image_HxWx3, KITTI_SIZE), "depth": cut(depth_HxW, KITTI_SIZE)}
@@ -170,7 +170,7 @@ def _read_hdf5(file: Path, size: tuple[int, ...]) -> np.ndarray:
         raise _damaged(file, error) from error
 
 
-def _read_png(file: Path, size: tuple[int, ...]) -> np.ndarray:
+def read_png(file: Path, size: tuple[int, ...]) -> np.ndarray:
     """float32 [H, W] of 16 bits, with the same care."""
     try:
         with Image.open(file, formats=("PNG",)) as opened:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from d2f_jax.data.depth_files import Hypersim, VirtualKitti2
+from d2f_jax.data.depth_lists import DepthList
 from d2f_jax.data.sources import ImageFolder, Source
 from d2f_jax.data.tfds_source import TFDSSource
 from d2f_jax.data.uniform import UniformColours
@@ -20,6 +21,7 @@ def open_source(spec: str) -> Source:
         webdataset:shards/{000..099}.tar?latent_scale=0.18215
         hypersim:hypersim?split=train
         vkitti2:virtual_kitti_2
+        depth_list:filename_list_test.txt?root=nyuv2&protocol=nyuv2
         uniform_colours:black,white,grey
         tfds:coco_captions/2014?split=train&image=image&text=captions/text&data_dir=/data
 
@@ -62,6 +64,7 @@ def _listing(names: dict) -> str:
 
 _KINDS: dict[str, tuple[Callable[..., Source], dict[str, Callable]]] = {
     "array_record": (_open_prepared, {"split": str}),
+    "depth_list": (DepthList, {"root": str, "protocol": str}),
     "hypersim": (Hypersim, {"split": str}),
     "image_folder": (ImageFolder, {}),
     "tfds": (TFDSSource, {"split": str, "image": str, "text": str, "data_dir": str}),

@@ -84,17 +84,33 @@ class ImageFolder:
         return {"image": read_image(self._folder / file_name), "text": text}
 
 
-def read_image(file: str | Path | bytes, name: str = "encoded picture") -> np.ndarray:
-    """uint8 [H, W, 3], upright, of a picture of any mode: transparency is laid on white, 16 bits become 8.
+def read_image(file: str | Path | bytes, name: str = "encoded picture", *, upright: bool = True) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture of any mode: transparency is laid on white, 16 bits become 8.
+
+    It is turned as its camera says, or with `upright=False` left as it is stored.
 
     Raises `InputError`, which names the file, or bytes by `name`, if it does not decode.
     """
     try:
         with _open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture) if upright else picture))
     except Exception as error:  # a decoder that meets foreign bytes may raise anything
         where = name if isinstance(file, bytes) else str(file)
         raise InputError(f"{where} does not decode ({_reason(error)}); replace or remove it") from error
+
+
+def outside(names: Sequence[str]) -> list[str]:
+    """Those that lead out of the folder that they are in.
+
+    By the names alone: a link may lead out, as all of them do in the cache of the Hugging Face hub.
+    """
+    return [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+
+
+def listing(names: Sequence[str], shown: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +148,11 @@ def _read_metadata(folder: Path) -> list[tuple[str, str]]:
     rows = [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise InputError(f"{file} is empty; {_WANTED}")
-    # By the names alone: a link may lead out, as all of them do in the cache of the Hugging Face hub.
-    outside = [name for name, _ in rows if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise InputError(f"{file} names pictures outside its folder: {_listing(outside)}; move them inside")
+    if out := outside([name for name, _ in rows]):
+        raise InputError(f"{file} names pictures outside its folder: {listing(out)}; move them inside")
     missing = [name for name, _ in rows if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{file} names pictures that are not there: {_listing(missing)}; add or unlist them")
+        raise InputError(f"{file} names pictures that are not there: {listing(missing)}; add or unlist them")
     return rows
 
 
@@ -169,7 +183,7 @@ def _check_pictures(folder: Path, names: list[str]) -> None:
         except Exception as error:
             bad.append(f"{name} ({_reason(error)})")
     if bad:
-        raise InputError(f"{folder}: {len(bad)} of {len(names)} pictures do not open: {_listing(bad)}")
+        raise InputError(f"{folder}: {len(bad)} of {len(names)} pictures do not open: {listing(bad)}")
 
 
 def _open(file: Path | str | io.BytesIO) -> Image.Image:
@@ -185,11 +199,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _listing(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

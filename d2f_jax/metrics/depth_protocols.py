@@ -1,7 +1,7 @@
 """Which pixels of which data set count, and in what range: the protocols of depth benchmarks.
 
 After Marigold's evaluation, https://github.com/prs-eth/Marigold at b1dffaa: `config/dataset_depth/*.yaml` (crops),
-`src/dataset/*_dataset.py` (ranges, masks, units of the files) and `script/depth/eval/*.sh` (the size of the fit).
+`src/dataset/*_dataset.py` (ranges, masks) and `script/depth/eval/*.sh` (the size of the fit).
 """
 
 import dataclasses
@@ -37,7 +37,6 @@ class DepthProtocol:
 
     min_depth: float  # metres; a pixel counts where its depth lies between, and predictions are clipped to both
     max_depth: float
-    files_per_metre: float = 1.0  # what a metre is in the data set's files
     cut_to: tuple[int, int] | None = None  # pixels; picture and depth alike, at the bottom, in the middle of the width
     window: Window | None = None
     own_mask: bool = False  # the data set says which pixels count, whatever their depth
@@ -66,13 +65,13 @@ class DepthProtocol:
 
 
 _SIDES = (0.0359477, 0.96405229)
-_KITTI = DepthProtocol(1e-5, 80.0, files_per_metre=256, cut_to=KITTI_SIZE)
+_KITTI = DepthProtocol(1e-5, 80.0, cut_to=KITTI_SIZE)
 DEPTH_PROTOCOLS = MappingProxyType(
     {
         # whatever was measured
         "all": DepthProtocol(0.0, np.inf),
         # 654 test pictures, 480 x 640; Eigen et al. (2014)
-        "nyuv2": DepthProtocol(1e-3, 10.0, files_per_metre=1000, window=Window((45, 471), (41, 601), of=(480, 640))),
+        "nyuv2": DepthProtocol(1e-3, 10.0, window=Window((45, 471), (41, 601), of=(480, 640))),
         # Eigen's test split, 652 pictures with improved ground truth
         "kitti": dataclasses.replace(_KITTI, window=Window((0.3324324, 0.91351351), _SIDES)),
         # the same with the crop of Garg et al. (2016)
@@ -80,7 +79,7 @@ DEPTH_PROTOCOLS = MappingProxyType(
         # float32 files of 4032 x 6048, infinite where nothing was measured
         "eth3d": DepthProtocol(1e-5, np.inf, fit_size=1024),
         # 800 pictures of the validation set
-        "scannet": DepthProtocol(1e-3, 10.0, files_per_metre=1000),
+        "scannet": DepthProtocol(1e-3, 10.0),
         # validation set, indoors and outdoors
         "diode": DepthProtocol(0.6, 350.0, own_mask=True),
     }
