@@ -173,12 +173,15 @@ def _draw(known: Known, file: Path, marks: list[str]) -> None:
     for column, trained in enumerate(TRAINED):
         for axis, what in zip(axes[:, column], (FRECHET, "caption_accuracy"), strict=True):
             lines = [
-                (label, {mark: _of(known, of, o, mark, known.size.few, sampler, what) for mark in marks})
+                (
+                    label.removeprefix(f"{NAMES[trained]}, "),
+                    {mark: _of(known, of, o, mark, known.size.few, sampler, what) for mark in marks},
+                )
                 for label, of, o, sampler in contenders()
                 if of == trained
             ]
             numbers.curves(axis, lines, marks, logarithmic=what == FRECHET)
-            axis.set_ylabel(what.replace("_", " "))
+            axis.set_ylabel("Fréchet distance" if what == FRECHET else "caption accuracy")
         axes[0, column].set_title(f"{NAMES[trained]}, {known.size.few} steps")
         axes[1, column].set_xlabel("training step")
     numbers.save(figure, file)

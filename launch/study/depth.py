@@ -201,7 +201,10 @@ def _draw(known: Known, file: Path, marks: list[str]) -> None:
     figure, axes = numbers.plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, trained in zip(axes, TRAINED, strict=True):
         lines = [
-            (label, {mark: _of(known, of, o, sampler, mark, str(known.size.few)) for mark in marks})
+            (
+                label.removeprefix(f"{NAMES[trained]}, "),
+                {mark: _of(known, of, o, sampler, mark, str(known.size.few)) for mark in marks},
+            )
             for label, of, o, sampler in contenders()
             if of == trained
         ]

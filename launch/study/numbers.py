@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter, ScalarFormatter
 from PIL import Image
 
 from d2f_jax import report
@@ -112,6 +113,8 @@ def curves(axis: Any, lines: Sequence[Line], places: Sequence[str], *, logarithm
         axis.legend(fontsize=8)
     if logarithmic:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))  # numbers, not powers of ten
 
 
 def save(figure: Any, file: Path) -> None:
