@@ -38,8 +38,7 @@ def after(size: Size, way: str, seed: int) -> Cell:
     """Full finetuning; with all of the alignment, exact, it is the cell of resolution adaptation."""
     config = adaptation.run(size, "diff2flow", seed, size.steps // 2)
     config.objective.align, config.objective.convention = WAYS[way]
-    questions = [Question("Euler", (size.few,)), Question("Euler", (size.many,), (0, size.steps // 2))]
-    return training.cell(name(way, seed), size, config, questions)
+    return training.cell(name(way, seed), size, config, [Question("Euler", (size.few,))])
 
 
 def before(size: Size, seed: int) -> Cell:

@@ -69,7 +69,7 @@ def run(size: Size, trained: str, objective: str, seed: int) -> Cell:
         "step_counts": (1, size.few),
         "ensemble": ENSEMBLE,
     }
-    return Cell(name=f"{cell_name(trained, objective)}-{seed}", settings=settings, compute=compute, minutes=3.5)
+    return Cell(name=f"{cell_name(trained, objective)}-{seed}", settings=settings, compute=compute, minutes=2.5)
 
 
 def estimates(

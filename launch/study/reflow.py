@@ -105,7 +105,7 @@ def solvers(size: Size, objective: str, seed: int) -> Cell:
         "step_counts": list(STEPS),
         "guidance": GUIDANCE,
     }
-    return Cell(name=f"solvers-{objective}-{seed}", settings=settings, compute=compute, minutes=3.0, needs=(trained,))
+    return Cell(name=f"solvers-{objective}-{seed}", settings=settings, compute=compute, minutes=6.0, needs=(trained,))
 
 
 def section(known: Known, pictures: Path) -> Section:
