@@ -62,16 +62,17 @@ def evaluate(
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     settings.check(config, mesh)
+    judges = None if datasets.of_depth(config) else load_judges(config, inception, clip)
     pipeline = prior.load(config)
     data = datasets.open_data(config, folder, pipeline, datasets.open_given(config))
-    if datasets.of_depth(config):
+    if judges is None:
         most, notes = min(config.eval.num_images, sum(map(len, data.shown))), []
         found, cells, count = depth_scores(config, pipeline.on_mesh(mesh), data.reading(), most)
     else:
         examples = data.examples(config.eval.num_images)
         if any("image" not in example for example in examples):
             raise InputError("config.data.sources hold prepared latents; give pictures as config.eval.sources")
-        found, cells = picture_scores(config, pipeline.on_mesh(mesh), examples, inception, clip)
+        found, cells = picture_scores(config, pipeline.on_mesh(mesh), examples, judges)
         notes = [f"{i}. {example['text']}" for i, example in enumerate(examples[: config.eval.grid_images], 1)]
         count = len(examples)
     if distributed.is_main():
@@ -80,16 +81,21 @@ def evaluate(
     return found
 
 
-def picture_scores(
-    config: Config, pipeline: Pipeline, examples: Sequence[Example], inception: str | None, clip: str | None
-) -> tuple[Found, Cells]:
-    """Of what is drawn for the captions, compared with the pictures."""
+def load_judges(config: Config, inception: str | None, clip: str | None) -> Judges:
+    """Of pictures, and tells what they lack. Raises InputError where there are none."""
     judges = Judges.load(inception, clip, shapes=datasets.scored(config))
     if distributed.is_main():
         for told in judges.missing():
             print(told)
     if not judges.some:
         raise InputError("there is nothing to judge by: " + "; ".join(judges.missing()))
+    return judges
+
+
+def picture_scores(
+    config: Config, pipeline: Pipeline, examples: Sequence[Example], judges: Judges
+) -> tuple[Found, Cells]:
+    """Of what is drawn for the captions, compared with the pictures."""
     real, texts = Gathered(), [example["text"] for example in examples]
     mine = np.arange(jax.process_index(), len(examples), jax.process_count())
     size, fit = config.eval.batch_size, datasets.plain_fit(config)
