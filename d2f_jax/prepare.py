@@ -37,6 +37,7 @@ from d2f_jax.data.fit import Fit, Row, make_row, spec_of
 from d2f_jax.data.prepared import Latents, Manifest, Plan, Shard, Split
 from d2f_jax.data.sources import Source, joined
 from d2f_jax.errors import InputError
+from d2f_jax.models.attention import split_over
 from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
@@ -235,6 +236,7 @@ def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str) -> Enc
     whole = functools.partial(in_compute_dtype, dtype=compute_dtype)
 
     @jax.jit
+    @split_over(mesh)
     def network(frozen: steps.Frozen, batch: steps.Batch) -> dict[str, jax.Array]:
         found = steps.encoded(networks, frozen, batch, whole)
         arrays = {"latent_mean": found.mean, "latent_std": found.std, "text_states": found.text_states}

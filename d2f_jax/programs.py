@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from d2f_jax import lora, sampling, sharding
 from d2f_jax.alignment import Alignment
+from d2f_jax.models.attention import split_over
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.task import Task
@@ -41,6 +42,7 @@ def make_program(
     """
     compute = make_latents(model, how, direction, guided)
 
+    @split_over(mesh)
     def program(unet_state, vae_state, *rest):
         latents = compute(unet_state, vae_state, *rest)
         if direction == "invert":

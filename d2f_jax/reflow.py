@@ -25,6 +25,7 @@ from d2f_jax.data.fit import Row
 from d2f_jax.data.prepared import Manifest, Split
 from d2f_jax.data.sources import Source
 from d2f_jax.errors import InputError
+from d2f_jax.models.attention import split_over
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
@@ -92,6 +93,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
     text_def = nnx.graphdef(teacher.text_encoder)
 
     @jax.jit
+    @split_over(mesh)
     def program(params, ids_BxL, negative_BxL, index_B):
         def drawn(index: jax.Array) -> tuple[jax.Array, jax.Array]:
             noise_key, step_key = (jax.random.fold_in(root, index + np.uint32(k)) for k in (0, pipeline.STEPS))

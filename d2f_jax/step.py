@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from d2f_jax import flow, lora, objectives, optim, sharding
+from d2f_jax.models.attention import split_over
 from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.objectives import Objective
 from d2f_jax.schedule import NoiseSchedule
@@ -123,6 +124,7 @@ def make_loss(
     def whole(params: Tree) -> Tree:
         return sharding.gathered(mesh, in_compute_dtype(params, options.compute_dtype))
 
+    @split_over(mesh)
     def loss(params: UNetParams, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
         params = whole(params)
         unet = nnx.merge(networks.unet, params.merged)

@@ -1,11 +1,34 @@
-"""Attention: one function, which chooses the backend."""
+"""Attention: one function, which chooses the backend that the devices have."""
 
-from typing import Literal
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-Backend = Literal["auto", "xla", "cudnn"]
+Backend = Literal["xla", "cudnn", "splash"]
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_FEW = 1024  # tokens; scores of fewer are small, and XLA fuses their softmax into the products
+
+
+@contextlib.contextmanager
+def split_over(mesh: Mesh | None) -> Iterator[None]:
+    """Within it attention's rows are split over all axes of `mesh`, or on the one default device for None.
+
+    The partitioner knows nothing of fused kernels, so that none is chosen where this is not said. To be entered inside
+    of the function that is traced.
+    """
+    token = _MESH.set(Mesh(jax.devices()[:1], ("data",)) if mesh is None else mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
 
 
 def attention(
@@ -14,20 +37,61 @@ def attention(
     v_BxMxNxD: jax.Array,
     *,
     is_causal: bool = False,
-    backend: Backend = "auto",
+    backend: Backend | Literal["auto"] = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v [B, L, N, D] in the dtype of `q`, the softmax in float32.
 
-    `"cudnn"` is the fused kernel of NVIDIA GPUs; `"auto"` takes it where it can run and pays: half precision and 1024
-    queries or more.
+    Fused kernels keep no scores [B, N, L, M]: `"cudnn"` is that of NVIDIA GPUs, `"splash"` of TPUs (in Pallas, which
+    interprets it elsewhere; not causal, L and M multiples of 128). `"auto"` takes them where they can run and pay: half
+    precision and 1024 queries or more, and for splash as many keys.
     """
-    if backend == "auto":
-        backend = "cudnn" if _cudnn_pays(q_BxLxNxD) else "xla"
-    return jax.nn.dot_product_attention(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD, is_causal=is_causal, implementation=backend)
+    chosen = _chosen(q_BxLxNxD, k_BxMxNxD, is_causal) if backend == "auto" else backend
+    if chosen == "splash":
+        return _splash_over_mesh(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD)
+    return jax.nn.dot_product_attention(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD, is_causal=is_causal, implementation=chosen)
 
 
-def _cudnn_pays(q_BxLxNxD: jax.Array) -> bool:
-    _, length, _, width = q_BxLxNxD.shape
+def _chosen(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, is_causal: bool) -> Backend:
+    mesh, length, width = _MESH.get(), q_BxLxNxD.shape[1], q_BxLxNxD.shape[3]
     half = q_BxLxNxD.dtype in (jnp.bfloat16, jnp.float16)
-    # Head widths over 128 need Hopper; Stable Diffusion 1.x has 160 at its coarsest, where there are few tokens anyway.
-    return jax.default_backend() == "gpu" and half and length >= 1024 and width % 8 == 0 and width <= 128
+    if mesh is None or not half or length < _FEW:
+        return "xla"
+    match mesh.devices.flat[0].platform:
+        # Head widths over 128 need Hopper; Stable Diffusion 1.x has 160 at its coarsest, where there are few tokens.
+        case "gpu" if width % 8 == 0 and width <= 128:
+            return "cudnn"
+        case "tpu" if not is_causal and k_BxMxNxD.shape[1] >= _FEW and length % 128 == 0 == k_BxMxNxD.shape[1] % 128:
+            return "splash"
+        case _:
+            return "xla"
+
+
+def _splash_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    mesh = _MESH.get()
+    interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
+    fused = functools.partial(_splash, interpret=interpret)
+    if mesh is None or mesh.size == 1:
+        return fused(q, k, v)
+    rows = P(mesh.axis_names)
+    return jax.shard_map(fused, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(q, k, v)
+
+
+def _splash(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, v_BxMxNxD: jax.Array, *, interpret: bool) -> jax.Array:
+    _, length, heads, width = q_BxLxNxD.shape
+    queries, keys = _block(length), _block(k_BxMxNxD.shape[1])
+    mask = splash_attention.MultiHeadMask([splash_attention.FullMask((length, k_BxMxNxD.shape[1]))] * heads)
+    kernel = splash_attention.make_splash_mha_single_device(
+        mask,
+        block_sizes=splash_attention.BlockSizes(
+            block_q=queries, block_kv=keys, block_q_dkv=queries, block_kv_dkv=keys, use_fused_bwd_kernel=True
+        ),
+        interpret=interpret,
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BxLxNxD * width**-0.5, k_BxMxNxD, v_BxMxNxD))
+    out_BxNxLxD: Any = jax.vmap(kernel)(q, k, v)
+    return out_BxNxLxD.swapaxes(1, 2)
+
+
+def _block(length: int) -> int:
+    """Of what a kernel works through at once: the largest that divides `length`."""
+    return next(block for block in (1024, 512, 256, 128) if length % block == 0)

@@ -1,0 +1,70 @@
+"""Every backend that this machine has computes the same attention, and is chosen where it can run."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2f_jax import sharding
+from d2f_jax.models import attention as module
+from d2f_jax.models.attention import attention, split_over
+
+BOTH: tuple[module.Backend, ...] = ("splash", "xla")
+
+
+def qkv(batch: int, length: int, heads: int, width: int, dtype: str = "float32") -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(width), 3)
+    return [jax.random.normal(key, (batch, length, heads, width), dtype) for key in keys]
+
+
+@pytest.mark.parametrize(("length", "width"), [(256, 40), (384, 64), (128, 160)])
+def test_the_fused_kernel_of_tpus_agrees_in_value_and_gradient(length: int, width: int) -> None:
+    of = qkv(2, length, 2, width)
+
+    def loss(backend: module.Backend, *of: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(attention(*of, backend=backend)))
+
+    splash, xla = (jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3)), static_argnums=0)(b, *of) for b in BOTH)
+    np.testing.assert_allclose(splash[0], xla[0], rtol=1e-4)
+    for theirs, ours in zip(xla[1], splash[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_rows_stay_on_their_devices() -> None:
+    mesh = sharding.make_mesh(4, 2)
+    of = jax.device_put(qkv(8, 128, 1, 64), sharding.batch_split(mesh))
+
+    @jax.jit
+    @split_over(mesh)
+    def fused(*of: jax.Array) -> jax.Array:
+        return attention(*of, backend="splash")
+
+    out = fused(*of)
+    assert out.sharding.is_equivalent_to(sharding.batch_split(mesh), out.ndim)
+    assert "all-gather" not in fused.lower(*of).compile().as_text()
+    np.testing.assert_allclose(out, attention(*of, backend="xla"), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "keys", "dtype", "chosen"),
+    [
+        ("tpu", (4, 4096, 5, 64), 4096, "bfloat16", "splash"),
+        ("tpu", (4, 4096, 8, 40), 4096, "bfloat16", "splash"),
+        ("tpu", (4, 4096, 5, 64), 77, "bfloat16", "xla"),  # the text
+        ("tpu", (4, 1080, 5, 64), 1080, "bfloat16", "xla"),  # no multiple of 128
+        ("tpu", (4, 256, 20, 64), 256, "bfloat16", "xla"),
+        ("tpu", (4, 4096, 5, 64), 4096, "float32", "xla"),
+        ("gpu", (4, 4096, 5, 64), 4096, "bfloat16", "cudnn"),
+        ("gpu", (4, 4096, 5, 64), 77, "bfloat16", "cudnn"),
+        ("gpu", (4, 1024, 8, 160), 1024, "bfloat16", "xla"),
+        ("cpu", (4, 4096, 5, 64), 4096, "bfloat16", "xla"),
+    ],
+)
+def test_a_backend_is_chosen_by_device_and_shape(monkeypatch, platform, shape, keys, dtype, chosen) -> None:
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+    q, k = (jax.ShapeDtypeStruct((*shape[:1], length, *shape[2:]), dtype) for length in (shape[1], keys))
+    assert module._chosen(q, k, is_causal=False) == "xla"  # where it is not said how rows are split
+    monkeypatch.setattr(module, "_MESH", types.SimpleNamespace(get=lambda: mesh))
+    assert module._chosen(q, k, is_causal=False) == chosen
