@@ -1,9 +1,16 @@
 """How JAX runs in the tests; set before it starts, and inherited by the programs and workers that the tests start."""
 
 import atexit
+import ctypes
+import gc
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+
+import jax
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on every machine, so that what is sharded is really sharded.
@@ -15,3 +22,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="d2f-jax-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_a_module_held_is_given_back() -> Iterator[None]:
+    """Compiled programs, and memory that glibc would keep: networks of full size leave gigabytes behind."""
+    yield
+    gc.collect()
+    jax.clear_caches()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
