@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import small
 
 from d2f_jax import prior, sharding
+from d2f_jax.alignment import Alignment
 from d2f_jax.program import Config
+from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.step import TrainState
-from launch.study import adaptation, cells, plan, report
+from launch.study import adaptation, cells, exam, plan, report
 from launch.study.bench import Bench, Size
 from launch.study.cells import Cell
 
@@ -106,3 +109,13 @@ def test_a_killed_run_goes_on_from_its_last_mark_and_is_reported(tmp_path, monke
     assert "not measured yet" in text and "1 of " in text and "adapt-lora-diffusion-0" in text
     pictures = {file.name for file in (results / "study").glob("*.png")}
     assert pictures == {"adaptation.png", "adaptation_pictures.png", "alignments.png", "depth.png", "reflow.png"}
+
+
+def test_only_the_published_grid_begins_before_the_last_timestep() -> None:
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = NoiseSchedule.from_config(config)
+    grids = {name: how.grid(schedule, Alignment(), config, 4, at_noise=True) for name, how in exam.SAMPLERS.items()}
+    assert grids["Euler from t = 0"][0] == 0
+    np.testing.assert_allclose(grids["Euler from t = 0"][:5], [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(grids["Euler"][:5], np.linspace(grids["Heun"][0], 1, 5), rtol=1e-6)
+    assert 0.06 < grids["Heun"][0] < 0.07

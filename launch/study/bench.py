@@ -35,7 +35,7 @@ class Size:
     scenes: int = 4096  # to train on
     pairs: int = 4096  # for reflow
     steps: int = 800  # of a run of resolution adaptation; the others take half as many
-    batch_size: int = 32
+    batch_size: int = 16
     images: int = 256  # in each score of text-to-image; of depth half as many
     few: int = 4  # steps of a sampler
     many: int = 25

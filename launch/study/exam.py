@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d2f_jax import metrics, report, sampling
+from d2f_jax import metrics, report
 from d2f_jax.alignment import Alignment
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.sampler import Sampler
@@ -25,10 +25,16 @@ class FromPureNoise(Sampler):
     """Steps that begin at t = 0, before the last diffusion timestep's flow time, as the published code has them."""
 
     def grid(
-        self, schedule: NoiseSchedule, how: Alignment, scheduler_config: Mapping[str, Any], num_steps: int
+        self,
+        schedule: NoiseSchedule,
+        how: Alignment,
+        scheduler_config: Mapping[str, Any],
+        num_steps: int,
+        *,
+        at_noise: bool = True,
     ) -> np.ndarray:
-        times = np.linspace(0, 1, num_steps + 1).astype(np.float32)
-        return sampling.pad_grid(times, max(64, 1 << (num_steps - 1).bit_length()) + 1)
+        del at_noise  # as if it did not
+        return super().grid(schedule, how, scheduler_config, num_steps, at_noise=False)
 
 
 SAMPLERS = {
