@@ -36,7 +36,7 @@ def cells(size: Size, seed: int) -> list[Cell]:
 
 def after(size: Size, way: str, seed: int) -> Cell:
     """Full finetuning; with all of the alignment, exact, it is the cell of resolution adaptation."""
-    config = adaptation.run(size, "diff2flow", seed, size.steps // 2)
+    config = adaptation.run(size, "diff2flow", seed, size.steps // 4)
     config.objective.align, config.objective.convention = WAYS[way]
     return training.cell(name(way, seed), size, config, [Question("Euler", (size.few,))])
 
@@ -69,7 +69,7 @@ def before(size: Size, seed: int) -> Cell:
 
 def section(known: Known, pictures: Path) -> Section:
     size = known.size
-    marks = [str(mark) for mark in size.marks if mark <= size.steps // 2]
+    marks = [str(mark) for mark in size.marks if mark <= size.steps // 4]
     _draw(known, pictures / "alignments.png", marks)
     few, many = str(size.few), str(size.many)
     before = [
@@ -90,7 +90,7 @@ Before any training the flow that alignment makes of the prior, by the exact con
 published code. Steps begin at the last diffusion timestep's flow time, or at t = 0 as the published code has them:
 
 {report.markdown_table(header, before)}
-Then the whole UNet is finetuned for {size.steps // 2} steps with each convention, and with some of the alignments only.
+Then the whole UNet is finetuned for {size.steps // 4} steps with each convention, and with some of the alignments only.
 "none" is naive flow matching whose timestep is T (1 - t). Fréchet distance with {few} Euler steps, by training step:
 
 {report.markdown_table(["aligned", *(f"step {mark}" for mark in marks)], rows)}
@@ -100,7 +100,7 @@ Then the whole UNet is finetuned for {size.steps // 2} steps with each conventio
 
 
 def _claims(known: Known) -> list[Claim]:
-    few, last = str(known.size.few), str(known.size.steps // 2)
+    few, last = str(known.size.few), str(known.size.steps // 4)
     euler, ddim, published = (
         known.of("align-before", *path, few, FRECHET)
         for path in (("exact", "Euler"), ("exact", "DDIM on the flow grid"), ("reference", "Euler from t = 0"))

@@ -33,10 +33,10 @@ class Size:
     pixels: int = 48
     depth_pixels: int = 64  # where depth is told, and where tiny-sd was made
     scenes: int = 4096  # to train on
-    pairs: int = 4096  # for reflow
-    steps: int = 800  # of a run of resolution adaptation; the others take half as many
+    pairs: int = 2048  # for reflow
+    steps: int = 800  # of a run of resolution adaptation; depth takes half as many, the others a quarter
     batch_size: int = 16
-    images: int = 256  # in each score of text-to-image; of depth half as many
+    images: int = 128  # in each score
     few: int = 4  # steps of a sampler
     many: int = 25
 

@@ -37,7 +37,7 @@ def name(objective: str, seed: int) -> str:
 
 def finetuned(size: Size, objective: str, seed: int) -> Cell:
     """The prior, which was never told of such pictures, and what training on them makes of it."""
-    last = size.steps // 2
+    last = size.steps // 4
     config = adaptation.run(size, objective, seed, last)
     config.data.sources, config.data.weights = (LATENTS, COLOURS), (1 - SHARE, SHARE)
     marks = 0, last // 4, last
@@ -123,7 +123,7 @@ def decoded(pipeline: Pipeline, size: Size) -> dict[str, np.ndarray]:
 
 
 def section(known: Known, pictures: Path) -> Section:
-    size, last, many = known.size, str(known.size.steps // 2), str(known.size.many)
+    size, last, many = known.size, str(known.size.steps // 4), str(known.size.many)
     guidance = f"{GUIDANCE:g}"
     strips = {o: known.strips(f"colours-{o}", size.pixels) for o in ASKED}
     rows = {"prior": strips["diffusion"][:1]} | {LABELS[o]: strip[-1:] for o, strip in strips.items()}

@@ -39,11 +39,11 @@ def run(size: Size, trained: str, objective: str, seed: int) -> Cell:
     config: Config = depth_configs.get_config(objective + TRAINED[trained])
     config.model, config.seed, config.data.image_size = size.model, seed, size.depth_pixels
     config.data.sources, config.data.num_train = (DEPTHS,), size.scenes
-    config.train.num_steps, config.train.batch_size = size.steps // 2, size.batch_size // 2
+    config.train.num_steps, config.train.batch_size = size.steps // 2, size.batch_size
     asked, last = SAMPLERS[objective], size.steps // 2
 
     def compute(bench: Bench, folder: Path) -> Result:
-        examples = bench.held_out(seed, size.depth_pixels)[: size.images // 2]
+        examples = bench.held_out(seed, size.depth_pixels)[: size.images]
 
         def judge(pipeline: Pipeline, mark: int) -> dict[str, Any]:
             answers: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def run(size: Size, trained: str, objective: str, seed: int) -> Cell:
     settings = {
         "config": training.deciding(config),
         "marks": training.reached(size, config),
-        "images": size.images // 2,
+        "images": size.images,
         "samplers": asked,
         "step_counts": (1, size.few),
         "ensemble": ENSEMBLE,
@@ -132,8 +132,8 @@ def section(known: Known, pictures: Path) -> Section:
     header = ["", *(f"{name}, {way}" for name in ("AbsRel", "δ1") for way in ways)]
     plane = (known.told(cell_name("full", "diff2flow"), "flat", what, form=form) for what, form in MEASURES.items())
     text = f"""
-tiny-sd learns to tell depth at {size.depth_pixels} pixels, for {last} steps of {size.batch_size // 2} pictures: the
-picture's latent stands before depth's in its widened first layer. {size.images // 2} held-out pictures, after
+tiny-sd learns to tell depth at {size.depth_pixels} pixels, for {last} steps of {size.batch_size} pictures: the
+picture's latent stands before depth's in its widened first layer. {size.images} held-out pictures, after
 alignment in scale and shift of the logarithm; the sky has no depth. That a picture is equally deep everywhere has
 AbsRel and δ1 of {" and ".join(plane)}.
 

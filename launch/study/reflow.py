@@ -37,7 +37,7 @@ def cells(size: Size, seed: int) -> list[Cell]:
 
 def student(size: Size, objective: str, seed: int) -> Cell:
     """Trained on the teacher's pairs, from the teacher's weights; sampled without guidance, which is in the pairs."""
-    teacher, last = adaptation.name("full", TEACHER, seed), size.steps // 2
+    teacher, last = adaptation.name("full", TEACHER, seed), size.steps // 4
     made = {"pairs": how(size), "teacher": training.deciding(adaptation.run(size, TEACHER, seed, size.steps))}
     pairs = f"pairs-{seed}"
     config = adaptation.run(size, objective, seed, last)
@@ -110,8 +110,8 @@ def solvers(size: Size, objective: str, seed: int) -> Cell:
 
 def section(known: Known, pictures: Path) -> Section:
     size, steps = known.size, [str(n) for n in STEPS]
-    last = str(size.steps // 2)
-    marks = [str(mark) for mark in size.marks if mark <= size.steps // 2]
+    last = str(size.steps // 4)
+    marks = [str(mark) for mark in size.marks if mark <= size.steps // 4]
     _draw(known, pictures / "reflow.png", steps)
 
     def table(what: str, form: str) -> str:
@@ -193,7 +193,7 @@ def _draw(known: Known, file: Path, steps: list[str]) -> None:
     figure, axis = numbers.plt.subplots(figsize=(8, 5), layout="constrained")
     lines = [
         (label, {n: known.of(cell, *path, n, FRECHET) for n in steps})
-        for label, cell, path in _lines(str(known.size.steps // 2))
+        for label, cell, path in _lines(str(known.size.steps // 4))
     ]
     numbers.curves(axis, lines, steps, logarithmic=True)
     axis.set_xlabel("steps of the sampler")
