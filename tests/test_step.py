@@ -208,7 +208,7 @@ def test_parts_add_up_to_the_batch(full: Setting, accumulate: int, mesh: jax.sha
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("remat", ["resnets", "attentions", "blocks"])
+@pytest.mark.parametrize("remat", ["elementwise", "resnets", "attentions", "blocks"])
 def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str) -> None:
     _, losses = run(full, 2)
     again = setting(remat=remat)

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 Backend = Literal["xla", "cudnn", "splash"]
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+FUSED = "fused attention"
+"""Name of the splash kernel's results under `jax.checkpoint`."""
 _FEW = 1024  # tokens; scores of fewer are small, and XLA fuses their softmax into the products
 
 
@@ -85,6 +87,7 @@ def _splash(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, v_BxMxNxD: jax.Array, *,
         block_sizes=splash_attention.BlockSizes(
             block_q=queries, block_kv=keys, block_q_dkv=queries, block_kv_dkv=keys, use_fused_bwd_kernel=True
         ),
+        residual_checkpoint_name=FUSED,
         interpret=interpret,
     )
     q, k, v = (x.swapaxes(1, 2) for x in (q_BxLxNxD * width**-0.5, k_BxMxNxD, v_BxMxNxD))

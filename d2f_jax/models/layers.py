@@ -1,16 +1,19 @@
 """What the UNet and the VAE are built of."""
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from d2f_jax.models.attention import attention
+from d2f_jax.models.attention import FUSED, attention
 
 Tree = TypeVar("Tree")
+Recompute = Literal["nothing", "elementwise", "everything"]
+"""Of a block's inside in the backward pass; "elementwise" keeps what costs: results of weights and fused kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +89,33 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
+def recomputed(forward: Callable[..., jax.Array], what: Recompute) -> Callable[..., jax.Array]:
+    """`forward`, which keeps less for its backward pass. Norms and activations would be kept in float32, many times.
+
+    What a fused kernel of attention made is always kept: it is small, and no cheaper the second time.
+    """
+    if what == "nothing":
+        return forward
+    return jax.checkpoint(forward, policy=_costs if what == "elementwise" else _fused)
+
+
+def _costs(primitive: Any, *_: Any, **options: Any) -> bool:
+    if primitive.name == "dot_general":  # with axes of batches it is attention's, whose scores are large and few FLOPs
+        _, (lhs_batch, _) = options["dimension_numbers"]
+        return not lhs_batch
+    return primitive.name == "conv_general_dilated" or _fused(primitive, **options)
+
+
+def _fused(primitive: Any, *_: Any, **options: Any) -> bool:
+    return options.get("name") == FUSED or "dot_product_attention" in primitive.name  # splash, cuDNN
+
+
 class Nothing(nnx.Module):
     """Holds the place of a layer without parameters, so that its neighbours keep their checkpoint's numbers."""
 
 
 class ResnetBlock2D(nnx.Module):
-    """Norm, SiLU, conv, twice, with the time embedding added between where the block has one (`time_width`).
-
-    With `recompute` nothing inside is kept for the backward pass.
-    """
+    """Norm, SiLU, conv, twice, with the time embedding added between where the block has one (`time_width`)."""
 
     def __init__(
         self, inputs: int, outputs: int, *, time_width: int | None, groups: int, eps: float, build: Build
@@ -105,10 +126,10 @@ class ResnetBlock2D(nnx.Module):
         self.norm2 = build.group_norm(outputs, groups, eps)
         self.conv2 = build.conv(outputs, outputs, 3)
         self.conv_shortcut = build.conv(inputs, outputs, 1) if inputs != outputs else None
-        self.recompute = False
+        self.recompute: Recompute = "nothing"
 
     def __call__(self, x: jax.Array, time_BxD: jax.Array | None = None) -> jax.Array:
-        return jax.checkpoint(self._forward)(x, time_BxD) if self.recompute else self._forward(x, time_BxD)
+        return recomputed(self._forward, self.recompute)(x, time_BxD)
 
     def _forward(self, x: jax.Array, time_BxD: jax.Array | None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
@@ -200,10 +221,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks on a feature map's pixels, between two projections: 1x1 convs in SD 1.x, linear in 2.x.
-
-    With `recompute` nothing inside is kept for the backward pass.
-    """
+    """Transformer blocks on a feature map's pixels, between two projections: 1x1 convs in SD 1.x, linear in 2.x."""
 
     def __init__(
         self,
@@ -223,10 +241,10 @@ class Transformer2DModel(nnx.Module):
             BasicTransformerBlock(channels, heads=heads, context_width=context_width, build=build) for _ in range(depth)
         )
         self.proj_out = project(channels, channels)
-        self.recompute = False
+        self.recompute: Recompute = "nothing"
 
     def __call__(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
-        return jax.checkpoint(self._forward)(x, text_BxMxD) if self.recompute else self._forward(x, text_BxMxD)
+        return recomputed(self._forward, self.recompute)(x, text_BxMxD)
 
     def _forward(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
         h = self.proj_in(self.norm(x))

@@ -14,7 +14,7 @@ from d2f_jax.errors import InputError
 from d2f_jax.models import config as configs
 from d2f_jax.models.layers import Build, Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
 
-Remat = Literal["none", "resnets", "attentions", "blocks"]
+Remat = Literal["none", "elementwise", "resnets", "attentions", "blocks"]
 
 _NEUTRAL = {
     "act_fn": ("silu",),
@@ -147,12 +147,17 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(h))).astype(jnp.float32)
 
     def set_remat(self, remat: Remat) -> None:
-        """Which blocks compute again in the backward pass what they would otherwise keep: less memory, more work."""
-        kinds = {"none": (), "resnets": (ResnetBlock2D,), "attentions": (Transformer2DModel,)}
+        """What is computed again in the backward pass instead of kept: less memory, more work.
+
+        Norms, activations and scores ("elementwise"), which is little work; with one of the others also all that is
+        inside of residual blocks, of transformers, or of both.
+        """
+        kinds = {"resnets": (ResnetBlock2D,), "attentions": (Transformer2DModel,)}
         kinds["blocks"] = kinds["resnets"] + kinds["attentions"]
         for _, module in nnx.iter_modules(self):
             if isinstance(module, ResnetBlock2D | Transformer2DModel):
-                module.recompute = isinstance(module, kinds[remat])
+                whole = isinstance(module, kinds.get(remat, ()))
+                module.recompute = "nothing" if remat == "none" else "everything" if whole else "elementwise"
 
 
 def sinusoids(time_B: jax.Array, config: UNetConfig) -> jax.Array:
