@@ -8,7 +8,7 @@
 Of the paper's published code are rate, batch size, Adam without decay, the average, and the number of its pairs; how
 its teacher sampled them is not told there, so steps and guidance are ours. Sample with 1, 2 or 4 steps and
 guidance_scale=1: guidance is in the pairs. Neither was run at that size: training would be 21 hours of a TPU v5e chip
-or 4 of an H100 at 40% of their peak, by XLA's count of operations, and 1.6 million pairs of 40 guided steps 370 or 73.
+or 4 of an H100 at 40% of their peak, by XLA's count of operations, and 1.6 million pairs of 40 guided steps 365 or 73.
 """
 
 from ml_collections import ConfigDict

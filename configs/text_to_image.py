@@ -51,6 +51,7 @@ def objective(name: str) -> dict[str, Any]:
 
 PUBLISHED = {
     "compute_dtype": "bfloat16",
+    "remat": "elementwise",
     "data.held_out": 64,
     "data.image_size": 512,
     "data.caption_dropout": 0.02,

@@ -1,0 +1,70 @@
+"""Memory and traffic of a residual block and a transformer on a TPU, as its compiler has them.
+
+    ./launch/install.sh tpu
+    PYTHONPATH=. .venv/bin/python tests/benchmarks/block_on_tpu.py v6e:2x2
+
+The gradient at Stable Diffusion 2.1's finest level at 512 pixels: 64 x 64 latents, 320 channels, batch 4, bfloat16, on
+one chip. XLA's attention and the fused one, and what `config.remat` keeps: nothing, elementwise, or everything (of both
+kinds of blocks) is computed again. A minute or two each; README.md has the table.
+"""
+
+import sys
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from d2f_jax import hlo, oracle, report, sharding, traffic
+from d2f_jax.models.attention import split_over
+from d2f_jax.models.layers import Build, Recompute, ResnetBlock2D, Transformer2DModel, in_compute_dtype
+
+BATCH, SIDE, WIDTH, TEXT, TOKENS, TIME = 4, 64, 320, 1024, 77, 1280
+Attention = Literal["xla", "splash"]
+
+
+def main() -> None:
+    oracle.prepare()
+    where = oracle.topology(sys.argv[1])
+    mesh, rows = sharding.make_mesh(devices=list(where.devices)[:1]), []
+    for attention, recompute in [("xla", "nothing"), *(("splash", what) for what in get_args(Recompute))]:
+        compiled = lowered(mesh, attention, recompute).compile()
+        memory: Any = compiled.memory_analysis()
+        work = traffic.work(hlo.parse(compiled.as_text() or ""))
+        cells = [f"{memory.temp_size_in_bytes / 2**20:.0f} MiB", f"{sum(work.hbm.values()) / 1e9:.2f} GB"]
+        rows.append([attention, recompute, *cells, f"{work.flops / 1e9:.0f}"])
+        print(*rows[-1], flush=True)
+    print(report.markdown_table(["attention", "recomputed", "temporaries", "HBM traffic", "GFLOP"], rows))
+
+
+def lowered(mesh: jax.sharding.Mesh, attention: Attention, recompute: Recompute) -> jax.stages.Lowered:
+    build = Build(jnp.bfloat16, jnp.float32, nnx.Rngs(0))
+
+    def blocks() -> nnx.List:
+        resnet = ResnetBlock2D(WIDTH, WIDTH, time_width=TIME, groups=32, eps=1e-5, build=build)
+        options = {"heads": 5, "context_width": TEXT, "depth": 1, "groups": 32, "linear_projection": True}
+        transformer = Transformer2DModel(WIDTH, **options, build=build)
+        resnet.recompute = transformer.recompute = recompute
+        return nnx.List([resnet, transformer])
+
+    graphdef, params = nnx.split(nnx.eval_shape(blocks))
+
+    def loss(params: nnx.State, x: jax.Array, text: jax.Array, time: jax.Array) -> jax.Array:
+        resnet, transformer = nnx.merge(graphdef, in_compute_dtype(params, jnp.bfloat16))
+        return jnp.mean(transformer(resnet(x, time), text).astype(jnp.float32) ** 2)
+
+    if attention == "splash":
+        loss = split_over(mesh)(loss)
+    given = [
+        params,
+        jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, WIDTH), jnp.bfloat16),
+        jax.ShapeDtypeStruct((BATCH, TOKENS, TEXT), jnp.bfloat16),
+        jax.ShapeDtypeStruct((BATCH, TIME), jnp.float32),
+    ]
+    where = sharding.replicated(mesh)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), given)
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*given)
+
+
+if __name__ == "__main__":
+    main()
