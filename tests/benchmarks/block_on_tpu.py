@@ -38,9 +38,8 @@ def main() -> None:
 
 
 def lowered(mesh: jax.sharding.Mesh, attention: Attention, recompute: Recompute) -> jax.stages.Lowered:
-    build = Build(jnp.bfloat16, jnp.float32, nnx.Rngs(0))
-
     def blocks() -> nnx.List:
+        build = Build(jnp.bfloat16, jnp.float32, nnx.Rngs(0))
         resnet = ResnetBlock2D(WIDTH, WIDTH, time_width=TIME, groups=32, eps=1e-5, build=build)
         options = {"heads": 5, "context_width": TEXT, "depth": 1, "groups": 32, "linear_projection": True}
         transformer = Transformer2DModel(WIDTH, **options, build=build)

@@ -1,0 +1,138 @@
+"""results/benchmarks.md, from the records that the benchmarks have left in results/benchmarks/.
+
+PYTHONPATH=. python tests/benchmarks/report.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from d2f_jax import report
+
+RESULTS = Path(__file__).parents[2] / "results"
+WORK = {
+    "train": "train step",
+    "gradient": "loss and gradient",
+    "sample": "pictures in {steps} steps",
+}
+
+
+def main() -> None:
+    records = RESULTS / "benchmarks"
+    parts = [HEAD]
+    parts += [against(json.loads(file.read_text())) for file in sorted(records.glob("against_pytorch_*.json"))]
+    if (file := records / "convolutions_cpu.json").exists():
+        parts.append(convolutions(json.loads(file.read_text())))
+    if not list(records.glob("against_pytorch_nvidia*.json")):
+        parts.append("## On a GPU\n\nNot measured yet: `tests/benchmarks/against_pytorch.py` measures what it finds.\n")
+    if (file := records / "cost_of_the_method.json").exists():
+        parts.append(cost(json.loads(file.read_text())))
+    parts += [startup(json.loads(file.read_text())) for file in sorted(records.glob("startup_*.json"))]
+    parts += [growth(file) for file in sorted(records.glob("growth_*.json"))]
+    (RESULTS / "benchmarks.md").write_text("\n".join(parts))
+
+
+HEAD = """# Benchmarks
+
+Written by `tests/benchmarks/report.py` from the records of the other scripts there, each of which says at its head what
+it does and how. Ratios are of one run on one machine; over 1, ours is faster.
+"""
+
+
+def against(record: dict[str, Any]) -> str:
+    where = told(record["device"])
+    gpu = record["device"]["platform"] == "gpu"
+    rows = []
+    for case in record["cases"].values():
+        for name in case["contenders"]:
+            rows.append(row(case, name, record["device"]["flops_per_second"] if gpu else None))
+    versions: dict[str, str] = {}
+    for case in record["cases"].values():
+        for facts in case["facts"].values():
+            versions |= facts.get("versions", {})
+    stated = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    header = ["", "batch", "latents", "by", "seconds", "how fast ours is to it", "peak memory"]
+    header += ["MFU of the measured rate"] if gpu else []
+    return f"""## Against PyTorch diffusers: {where}
+
+{record["date"]}, {stated}; {record["device"]["flops_per_second"] / 1e12:.3g} TFLOP/s in a product of large matrices.
+
+{report.markdown_table(header, rows)}"""
+
+
+def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
+    seconds, facts = case["seconds"][name], case["facts"][name]
+    what = WORK[case["work"]].format(**case)
+    cells = [f"{case['model']}, {what}", str(case["batch"]), f"{case['side']} x {case['side']}", name]
+    if isinstance(seconds, str):
+        return [*cells, seconds, "", "", *([""] if rate else [])]
+    mine = case["seconds"]["ours"]
+    ratio = "1"
+    if name != "ours" and not isinstance(mine, str):
+        pairs = [t / o for o, t in zip(mine, seconds, strict=True)]
+        alone = statistics.median(seconds) / statistics.median(mine)
+        ratio = f"{statistics.median(pairs) if case['together'] else alone:.2f}"
+    cells += [f"{statistics.median(seconds):.3g}", ratio, f"{facts['peak_bytes'] / 1e9:.2f} GB"]
+    if rate:
+        flops = case["facts"]["ours"].get("flops")
+        cells += [f"{flops / statistics.median(seconds) / rate:.0%}" if flops else ""]
+    return cells
+
+
+def convolutions(record: dict[str, Any]) -> str:
+    rows = []
+    for of in record["rows"]:
+        batch, side, inputs, outputs = of["shape"]
+        rates = [f"{ours:.0f} / {theirs:.0f}" for ours, theirs in of["gflops"].values()]
+        rows.append([f"{batch} x {side} x {side}, {inputs} to {outputs} channels", *rates])
+    table = report.markdown_table(["3 x 3 convolution", *record["rows"][0]["gflops"]], rows)
+    ours, theirs = record["product"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"""## Why XLA is slower on a CPU: {record["device"]}
+
+GFLOP/s of XLA / PyTorch; {versions}, {record["date"]}. A product of large matrices has {ours:.0f} / {theirs:.0f}: what
+XLA lacks is convolutions, its gradients most of all. For that by the input it reverses and transposes the kernel at
+every step, which takes longest where the kernel is larger than what it is laid over.
+
+{table}"""
+
+
+def cost(record: dict[str, Any]) -> str:
+    base = record["flops"]["diffusion"]
+    rows = [[name, f"{n / 1e12:.4f}", f"{n / base:.6f}"] for name, n in record["flops"].items()]
+    table = report.markdown_table(["objective", "TFLOP a picture", "to diffusion"], rows)
+    return f"""## Cost of the method
+
+Operations of a train step of Stable Diffusion 2.1 at 512 pixels, as XLA counts them (in single precision, in which the
+alignment's are lost); jax {record["jax"]}, {record["date"]}. The time is in [study.md](study.md).
+
+{table}"""
+
+
+def startup(record: dict[str, Any]) -> str:
+    rows = [[kind, f"{seconds:.1f}"] for kind, seconds in record["seconds"].items()]
+    table = report.markdown_table(["cache of compiled programs", "seconds"], rows)
+    return f"""## From the start of a process to its first step: {told(record["device"])}
+
+The quickstart's training, {record["date"]}.
+
+{table}"""
+
+
+def growth(file: Path) -> str:
+    record = json.loads(file.read_text())
+    return f"""## How cost grows: {record["device"]}
+
+tiny-sd, {record["date"]}, jax {record["jax"]}.
+
+![Time and memory by batch, resolution and devices](benchmarks/{file.stem}.png)
+"""
+
+
+def told(device: dict[str, Any]) -> str:
+    return f"{device['kind']}, {device['cores']} CPU cores"
+
+
+if __name__ == "__main__":
+    main()
