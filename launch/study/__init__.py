@@ -6,8 +6,7 @@
 A cell is one training run or one evaluation; its record, `results/study/cells/NAME.json`, is part of the project, and a
 cell whose settings have changed is computed again. What is under way lies in `study/` and goes on after a kill.
 
-On two CPU cores a training step takes 0.15 to 0.2 s and a guided step of the sampler 4 ms a picture. The study is 18
-runs of resolution adaptation of 800 steps (5 min each, half of it judging), 24 of alignments (2 min), 9 of reflow and
-their 3 sets of 4096 pairs (4 min), 6 tables of solvers (6 min), 18 runs of depth (2.5 min), 9 of colours (4 min): about
-five hours, if nothing else runs there.
+The study is 18 runs of resolution adaptation of 800 steps, 24 of alignments of 200, 9 of reflow of 200 and their 3
+sets of 2048 pairs, 6 tables of solvers, 18 runs of depth of 400 steps, 9 of colours of 200, and what a step costs: by
+the minutes that cells expect three to four hours on two CPU cores, if nothing else runs there.
 """
