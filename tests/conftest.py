@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-import jax
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +27,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 def what_a_module_held_is_given_back() -> Iterator[None]:
     """Compiled programs, and memory that glibc would keep: networks of full size leave gigabytes behind."""
     yield
+    import jax  # reads what is set above when it is imported, so not before
+
     gc.collect()
     jax.clear_caches()
     if sys.platform == "linux":
