@@ -1,7 +1,7 @@
 """Text-to-image, judged on held-out captions of ShapesWorld: what is asked of a pipeline, and what it answers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from d2f_jax import metrics, report
-from d2f_jax.alignment import Alignment
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.sampler import Sampler
-from d2f_jax.schedule import NoiseSchedule
 
 GUIDANCE = 3.0
 SHOWN = 4  # pictures of a strip
@@ -24,17 +22,8 @@ BATCH = 64  # pictures drawn at once
 class FromPureNoise(Sampler):
     """Steps that begin at t = 0, before the last diffusion timestep's flow time, as the published code has them."""
 
-    def grid(
-        self,
-        schedule: NoiseSchedule,
-        how: Alignment,
-        scheduler_config: Mapping[str, Any],
-        num_steps: int,
-        *,
-        at_noise: bool = True,
-    ) -> np.ndarray:
-        del at_noise  # as if it did not
-        return super().grid(schedule, how, scheduler_config, num_steps, at_noise=False)
+    def grid(self, *args: Any, **options: Any) -> np.ndarray:
+        return super().grid(*args, **options | {"at_noise": False})
 
 
 SAMPLERS = {

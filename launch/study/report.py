@@ -47,6 +47,11 @@ all objectives share: differences within a seed are surer than bars tell. A clai
 Fréchet distance is taken on the embedded classifier's features and biased by the number of pictures: compare it
 only within this page. Weights are the averaged ones.
 
+How much is measured was made less after a first cell had been seen, for want of time: the whole UNet by Diff2Flow,
+with 32 pictures a step and 256 in a score, went from 307 to 51 in 100 steps and to 44 in 800. That 800 steps were kept
+owes something to that cell: it was at 80 after 50 steps, so that an eighth of 400 would have been too few for the
+first claim.
+
 """
 
 

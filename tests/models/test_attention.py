@@ -1,15 +1,18 @@
 """Every backend that this machine has computes the same attention, and is chosen where it can run."""
 
 import types
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from d2f_jax import sharding
 from d2f_jax.models import attention as module
 from d2f_jax.models.attention import attention, split_over
+from d2f_jax.models.layers import Build, Recompute, Transformer2DModel
 
 BOTH: tuple[module.Backend, ...] = ("splash", "xla")
 
@@ -68,3 +71,38 @@ def test_a_backend_is_chosen_by_device_and_shape(monkeypatch, platform, shape, k
     assert module._chosen(q, k, is_causal=False) == "xla"  # where it is not said how rows are split
     monkeypatch.setattr(module, "_MESH", types.SimpleNamespace(get=lambda: mesh))
     assert module._chosen(q, k, is_causal=False) == chosen
+
+
+@pytest.mark.parametrize("what", get_args(Recompute))
+def test_a_fused_kernel_runs_once_forward_and_once_backward(monkeypatch, what: Recompute) -> None:
+    """What it made is kept, however much else is computed again."""
+    build = Build(jnp.float32, jnp.float32, nnx.Rngs(0))
+    options: dict[str, Any] = {"heads": 2, "context_width": 8, "depth": 1, "groups": 4, "linear_projection": True}
+    network = Transformer2DModel(16, **options, build=build)
+    network.recompute = what
+    graphdef, params = nnx.split(network)
+    monkeypatch.setattr(module, "_chosen", lambda q, k, _: "splash" if k.shape[1] == 128 else "xla")
+
+    def loss(params: nnx.State, x: jax.Array, text: jax.Array) -> jax.Array:
+        return jnp.sum(nnx.merge(graphdef, params)(x, text) ** 2)
+
+    gradient = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((1, 8, 16, 16)), jnp.ones((1, 3, 8)))
+    assert kernels(gradient.jaxpr) == 2
+
+
+def kernels(jaxpr: Any) -> int:
+    """How many there are of whose results something is read; XLA drops the others."""
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
+
+    def inside(value: Any) -> int:
+        if isinstance(value, list | tuple):
+            return sum(map(inside, value))
+        value = getattr(value, "jaxpr", value)
+        return kernels(value) if hasattr(value, "eqns") else 0
+
+    return sum(
+        any(id(x) in read for x in equation.outvars)
+        if equation.primitive.name == "pallas_call"
+        else inside(list(equation.params.values()))
+        for equation in jaxpr.eqns
+    )
