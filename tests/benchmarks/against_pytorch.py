@@ -178,7 +178,7 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
     from d2f_jax.sampler import Sampler
 
     config = text_to_image.get_config("diffusion:array_record:PREPARED")
-    config.model, config.compute_dtype = str(folder), case.dtype
+    config.model, config.compute_dtype, config.remat = str(folder), case.dtype, "none"  # as PyTorch, which keeps all
     config.train.optimizer, config.train.max_grad_norm, config.train.ema_start = "adamw", 1.0, 0
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     pipeline = prior.load(config)

@@ -1,4 +1,4 @@
-"""Why a CPU trains slower with XLA than with PyTorch: 3 x 3 convolutions and products of matrices, each alone.
+"""Where XLA is slower than PyTorch on a CPU: 3 x 3 convolutions and products of matrices, each alone.
 
     python tests/benchmarks/convolutions.py
 

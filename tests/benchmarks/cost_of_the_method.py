@@ -1,6 +1,6 @@
 """What Diff2Flow costs above the diffusion objective: operations of Stable Diffusion 2.1's train step by XLA's count.
 
-    python tests/benchmarks/cost_of_the_method.py
+    PYTHONPATH=. python tests/benchmarks/cost_of_the_method.py
 
 At 512 pixels, batch 1, before XLA optimises: the alignment is a few numbers a picture, and a few operations on a
 latent, which vanish in the single precision of XLA's sum. How long a step takes is measured by the study on tiny-sd

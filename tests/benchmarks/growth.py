@@ -1,6 +1,6 @@
 """How a train step's time and memory grow with batch, resolution and devices: results/benchmarks/growth_DEVICE.png.
 
-    python tests/benchmarks/growth.py
+    PYTHONPATH=. python tests/benchmarks/growth.py
 
 tiny-sd with diff2flow on prepared latents, one of the three changed at a time. Memory is a device's, as XLA lays it
 out: arguments (parameters, optimizer, average, batch) and temporaries. On a CPU devices are parts of the same cores,

@@ -36,7 +36,8 @@ def main() -> None:
 HEAD = """# Benchmarks
 
 Written by `tests/benchmarks/report.py` from the records of the other scripts there, each of which says at its head what
-it does and how. Ratios are of one run on one machine; over 1, ours is faster.
+it does and how. Ratios are of one run on one machine; over 1, ours is faster. On a CPU peak memory is the whole
+process's, loading and compiling included.
 """
 
 
@@ -89,11 +90,11 @@ def convolutions(record: dict[str, Any]) -> str:
     table = report.markdown_table(["3 x 3 convolution", *record["rows"][0]["gflops"]], rows)
     ours, theirs = record["product"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"""## Why XLA is slower on a CPU: {record["device"]}
+    return f"""## Convolutions alone, on a CPU: {record["device"]}
 
-GFLOP/s of XLA / PyTorch; {versions}, {record["date"]}. A product of large matrices has {ours:.0f} / {theirs:.0f}: what
-XLA lacks is convolutions, its gradients most of all. For that by the input it reverses and transposes the kernel at
-every step, which takes longest where the kernel is larger than what it is laid over.
+GFLOP/s of XLA / PyTorch; {versions}, {record["date"]}. A product of large matrices has {ours:.0f} / {theirs:.0f}: XLA
+is behind in convolutions, furthest in the gradient by the input where the kernel is larger than what it is laid over.
+How much of a step that explains was not taken apart further.
 
 {table}"""
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/startup.py
 
-Runs `d2f_jax.train` for one step of the quickstart on prepared latents, in a fresh process each time: first with an
-empty cache of compiled programs, then with the one that this has left. The record goes to
-results/benchmarks/startup_DEVICE.json.
+Runs the quickstart's `d2f_jax.train` on pictures that are rendered already until its first step is told, in a fresh
+process each time: first with an empty cache of compiled programs, then with the one that this has left. The record goes
+to results/benchmarks/startup_DEVICE.json.
 """
 
 import json
