@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from d2f_jax import prior, report
+from d2f_jax.program import Config
 from launch.study import adaptation, numbers, training
 from launch.study.adaptation import FRECHET
 from launch.study.bench import Bench, Size
@@ -11,6 +12,7 @@ from launch.study.exam import Question
 from launch.study.numbers import Claim, Known, Section, compared, told
 
 WAYS = {  # of the alignment, as config.objective.align and .convention have it
+    "exact": (("timestep", "state", "velocity"), "exact"),
     "reference": (("timestep", "state", "velocity"), "reference"),
     "none": ((), "exact"),
     "velocity": (("velocity",), "exact"),
@@ -20,6 +22,7 @@ WAYS = {  # of the alignment, as config.objective.align and .convention have it
     "no timestep": (("state", "velocity"), "exact"),
     "no state": (("timestep", "velocity"), "exact"),
 }
+WITHOUT = tuple(way for way in WAYS if way.startswith("no "))
 PRIORS = {
     "exact": ("Euler", "Euler from t = 0", "DDIM", "DDIM on the flow grid"),
     "reference": ("Euler", "Euler from t = 0"),
@@ -31,14 +34,19 @@ def name(way: str, seed: int) -> str:
 
 
 def cells(size: Size, seed: int) -> list[Cell]:
-    return [before(size, seed), *(after(size, way, seed) for way in WAYS)]
+    trained = [after(size, way, seed) for way in WAYS if way != "exact"]  # exact is resolution adaptation's cell
+    return [before(size, seed), native(size, seed), *trained]
 
 
 def after(size: Size, way: str, seed: int) -> Cell:
-    """Full finetuning; with all of the alignment, exact, it is the cell of resolution adaptation."""
-    config = adaptation.run(size, "diff2flow", seed, size.steps // 4)
+    """Full finetuning."""
+    return training.cell(name(way, seed), size, run(size, way, seed, size.steps // 4), [Question("Euler", (size.few,))])
+
+
+def run(size: Size, way: str, seed: int, steps: int) -> Config:
+    config = adaptation.run(size, "diff2flow", seed, steps)
     config.objective.align, config.objective.convention = WAYS[way]
-    return training.cell(name(way, seed), size, config, [Question("Euler", (size.few,))])
+    return config
 
 
 def before(size: Size, seed: int) -> Cell:
@@ -51,9 +59,8 @@ def before(size: Size, seed: int) -> Cell:
     def compute(bench: Bench, _folder: Path) -> Result:
         told = {}
         for convention, questions in asked.items():
-            config = adaptation.run(size, "diff2flow", seed, 0)
-            config.objective.convention = convention
-            told[convention] = bench.exam(seed).answers(prior.load(config).on_mesh(bench.mesh), questions, 0)
+            pipeline = prior.load(run(size, convention, seed, 0)).on_mesh(bench.mesh)
+            told[convention] = bench.exam(seed, size.pixels).answers(pipeline, questions, 0)
         return told
 
     settings = {
@@ -65,6 +72,24 @@ def before(size: Size, seed: int) -> Cell:
         "step_counts": [size.few, size.many],
     }
     return Cell(name=f"align-before-{seed}", settings=settings, compute=compute, minutes=3)
+
+
+def native(size: Size, seed: int) -> Cell:
+    """The prior as a flow at the pixels that it was made for, without any training: by every way."""
+
+    def compute(bench: Bench, _folder: Path) -> Result:
+        exam, asked = bench.exam(seed, size.native_pixels), [Question("Euler", (size.few,))]
+        return {way: exam.answers(prior.load(run(size, way, seed, 0)).on_mesh(bench.mesh), asked, 0) for way in WAYS}
+
+    settings = {
+        "model": size.model,
+        "pixels": size.native_pixels,
+        "images": size.images,
+        "seed": seed,
+        "ways": WAYS,
+        "step_counts": [size.few],
+    }
+    return Cell(name=f"align-native-{seed}", settings=settings, compute=compute, minutes=4)
 
 
 def section(known: Known, pictures: Path) -> Section:
@@ -85,13 +110,24 @@ def section(known: Known, pictures: Path) -> Section:
     rows = [
         [label, *(told(list(_of(known, way, mark).values()), "{:.0f}") for mark in marks)] for label, way in _lines()
     ]
+    places = [
+        [
+            label,
+            known.told("align-native", way, "Euler", few, FRECHET, form="{:.0f}"),
+            told(list(_of(known, way, "0").values()), "{:.0f}"),
+        ]
+        for label, way in _lines()
+    ]
     text = f"""
 Before any training the flow that alignment makes of the prior, by the exact convention and by that of the
 published code. Steps begin at the last diffusion timestep's flow time, or at t = 0 as the published code has them:
 
 {report.markdown_table(header, before)}
-Then the whole UNet is finetuned for {size.steps // 4} steps with each convention, and with some of the alignments only.
-"none" is naive flow matching whose timestep is T (1 - t). Fréchet distance with {few} Euler steps, by training step:
+The same prior with some of the alignments only, before training, where it was made and where it is to go; "none" is
+naive flow matching whose timestep is T (1 - t). Fréchet distance with {few} Euler steps:
+
+{report.markdown_table(["aligned", f"at {size.native_pixels} pixels", f"at {size.pixels} pixels"], places)}
+Then the whole UNet is finetuned at {size.pixels} pixels for {size.steps // 4} steps by each. By training step:
 
 {report.markdown_table(["aligned", *(f"step {mark}" for mark in marks)], rows)}
 ![Fréchet distance by training step and alignment](study/alignments.png)
@@ -108,12 +144,13 @@ def _claims(known: Known) -> list[Claim]:
     exact, reference = _of(known, "exact", last), _of(known, "reference", last)
     least = {
         seed: min(
-            (_of(known, way, last)[seed] / value for way in WAYS if way[:3] == "no " and seed in _of(known, way, last)),
-            default=None,
+            (_of(known, way, last)[seed] / value for way in WITHOUT if seed in _of(known, way, last)), default=None
         )
         for seed, value in exact.items()
     }
     least = {seed: value for seed, value in least.items() if value is not None}
+    at_home = {way: known.of("align-native", way, "Euler", few, FRECHET) for way in ("exact", *WITHOUT)}
+    begins = {seed: min(at_home[way][seed] / value for way in WITHOUT) for seed, value in at_home["exact"].items()}
     return [
         Claim(
             "Exactly aligned, the prior begins at its own quality: Euler's pictures score as DDIM's on the same grid",
@@ -131,7 +168,13 @@ def _claims(known: Known) -> list[Claim]:
             f"{told(list(exact.values()))} against {told(list(reference.values()))} after {last} steps",
         ),
         Claim(
-            "All three alignments are needed: without any one of them it is worse",
+            "All three alignments are needed: where it was made, the prior begins worse without any one of them",
+            [value > 1 for value in begins.values()],
+            f"the least ratio to all three is {told(list(begins.values()), '{:.2f}')} at {known.size.native_pixels} "
+            "pixels, before training",
+        ),
+        Claim(
+            "All three alignments are needed: after training it is worse without any one of them",
             [value > 1 for value in least.values()],
             f"the least ratio to all three is {told(list(least.values()), '{:.2f}')} after {last} steps",
         ),
@@ -141,8 +184,8 @@ def _claims(known: Known) -> list[Claim]:
 def _lines() -> list[tuple[str, str]]:
     """Label and way."""
     names = {"exact": "all three, exact", "reference": "all three, as published", "none": "none"}
-    alone = {way: f"{way} alone" for way in WAYS if way not in names and way[:3] != "no "}
-    return [(label, way) for way, label in (names | alone | {way: way for way in WAYS if way[:3] == "no "}).items()]
+    alone = {way: f"{way} alone" for way in WAYS if way not in names and way not in WITHOUT}
+    return [(label, way) for way, label in (names | alone | {way: way for way in WITHOUT}).items()]
 
 
 def _of(known: Known, way: str, mark: str) -> dict[int, float]:

@@ -31,7 +31,7 @@ class Size:
     seeds: tuple[int, ...] = (0, 1, 2)
     model: str = "tiny-sd"
     pixels: int = 48
-    depth_pixels: int = 64  # where depth is told, and where tiny-sd was made
+    native_pixels: int = 64  # where tiny-sd was made, and where depth is told
     scenes: int = 4096  # to train on
     pairs: int = 2048  # for reflow
     steps: int = 800  # of a run of resolution adaptation; depth takes half as many, the others a quarter
@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, workdir: Path, size: Size) -> None:
         self.workdir, self.size = workdir, size
         self.mesh = sharding.make_mesh()
-        self._exams: dict[int, Exam] = {}
+        self._exams: dict[tuple[int, int], Exam] = {}
         self._steps: dict[Any, Step] = {}
         self._pipelines: dict[Any, Pipeline] = {}
 
@@ -95,20 +95,20 @@ class Bench:
         world = shapes_world(self.workdir / "world", size=pixels, split="validation", **counts)
         return [world[first + i] for i in range(self.size.images)]
 
-    def exam(self, seed: int) -> Exam:
+    def exam(self, seed: int, pixels: int) -> Exam:
         """Each seed is asked its own captions, and begins with its own noise."""
-        if seed not in self._exams:
-            examples = self.held_out(seed, self.size.pixels)
+        if (seed, pixels) not in self._exams:
+            examples = self.held_out(seed, pixels)
             images = np.stack([example["image"] for example in examples if "image" in example])
             classifier = metrics.load_classifier()
-            self._exams[seed] = Exam(
+            self._exams[seed, pixels] = Exam(
                 prompts=[example["text"] for example in examples],
                 reference=metrics.feature_statistics(classifier, images),
                 classifier=classifier,
                 seed=seed,
-                pixels=self.size.pixels,
+                pixels=pixels,
             )
-        return self._exams[seed]
+        return self._exams[seed, pixels]
 
     def step(self, config: Config, networks: steps.Networks, pipeline: Pipeline) -> Step:
         options, optimizer_options = prior.step_options(config, pipeline), settings.make_optimizer_options(config)
@@ -131,7 +131,7 @@ class Bench:
         """The folder of LATENTS, DEPTHS or COLOURS, or one that a cell has filled."""
         folder = self.workdir / name
         if name in (LATENTS, DEPTHS, COLOURS) and not (folder / prepared.MANIFEST).exists():
-            config = self.rendered(self.size.depth_pixels if name == DEPTHS else self.size.pixels)
+            config = self.rendered(self.size.native_pixels if name == DEPTHS else self.size.pixels)
             config.task.name = "image_to_depth" if name == DEPTHS else "text_to_image"
             if name == COLOURS:
                 config.data.sources = (f"uniform_colours:{','.join(COLOUR_NAMES)}",)

@@ -37,13 +37,13 @@ def cell_name(trained: str, objective: str) -> str:
 def run(size: Size, trained: str, objective: str, seed: int) -> Cell:
     """`{"curve": {step: {sampler: {steps: {members of the ensemble: measures}}}}, "flat": measures}`."""
     config: Config = depth_configs.get_config(objective + TRAINED[trained])
-    config.model, config.seed, config.data.image_size = size.model, seed, size.depth_pixels
+    config.model, config.seed, config.data.image_size = size.model, seed, size.native_pixels
     config.data.sources, config.data.num_train = (DEPTHS,), size.scenes
     config.train.num_steps, config.train.batch_size = size.steps // 2, size.batch_size
     asked, last = SAMPLERS[objective], size.steps // 2
 
     def compute(bench: Bench, folder: Path) -> Result:
-        examples = bench.held_out(seed, size.depth_pixels)[: size.images]
+        examples = bench.held_out(seed, size.native_pixels)[: size.images]
 
         def judge(pipeline: Pipeline, mark: int) -> dict[str, Any]:
             answers: dict[str, Any] = {}
@@ -58,7 +58,7 @@ def run(size: Size, trained: str, objective: str, seed: int) -> Cell:
                     answers[sampler][str(size.few)][str(ENSEMBLE)] = measured(merged, examples)
             return answers
 
-        flat = np.zeros((len(examples), size.depth_pixels, size.depth_pixels))
+        flat = np.zeros((len(examples), size.native_pixels, size.native_pixels))
         return {"curve": training.curve(bench, config, folder, judge), "flat": measured(flat, examples)}
 
     settings = {
@@ -108,7 +108,7 @@ def section(known: Known, pictures: Path) -> Section:
     last = marks[-1]
     _draw(known, pictures / "depth.png", marks)
     strips = {
-        f"{NAMES[trained]},\n{LABELS[o]}": known.strips(cell_name(trained, o), size.depth_pixels)
+        f"{NAMES[trained]},\n{LABELS[o]}": known.strips(cell_name(trained, o), size.native_pixels)
         for trained in TRAINED
         for o in SAMPLERS
     }
@@ -132,7 +132,7 @@ def section(known: Known, pictures: Path) -> Section:
     header = ["", *(f"{name}, {way}" for name in ("AbsRel", "δ1") for way in ways)]
     plane = (known.told(cell_name("full", "diff2flow"), "flat", what, form=form) for what, form in MEASURES.items())
     text = f"""
-tiny-sd learns to tell depth at {size.depth_pixels} pixels, for {last} steps of {size.batch_size} pictures: the
+tiny-sd learns to tell depth at {size.native_pixels} pixels, for {last} steps of {size.batch_size} pictures: the
 picture's latent stands before depth's in its widened first layer. {size.images} held-out pictures, after
 alignment in scale and shift of the logarithm; the sky has no depth. That a picture is equally deep everywhere has
 AbsRel and δ1 of {" and ".join(plane)}.

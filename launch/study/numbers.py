@@ -75,7 +75,7 @@ class Known:
 
 
 def told(values: Sequence[float], form: str = "{:.1f}") -> str:
-    """Mean and standard deviation over seeds; how many there are if not all of three."""
+    """Mean and standard deviation over seeds."""
     if not values:
         return "-"
     mean = form.format(statistics.mean(values))

@@ -21,6 +21,7 @@ from launch.study.numbers import Claim, Known, Section, compared, told
 STEPS = (1, 2, 4, 25)
 TEACHER = "diff2flow"
 STUDENTS = {"diff2flow": "Euler", "flow_matching": "Euler", "diffusion": "DDIM on the flow grid"}
+OTHERS = ("flow_matching", "diffusion")
 SOLVERS = {  # of the two finetuned models, with guidance
     "diff2flow": ("Euler", "Heun", "DDIM"),
     "diffusion": ("DDIM on the flow grid", "DDIM"),
@@ -32,21 +33,33 @@ def cells(size: Size, seed: int) -> list[Cell]:
     return [
         *(solvers(size, objective, seed) for objective in SOLVERS),
         *(student(size, objective, seed) for objective in STUDENTS),
+        longer(size, seed),
     ]
 
 
 def student(size: Size, objective: str, seed: int) -> Cell:
+    last = size.steps // 4
+    return taught(f"reflow-{objective}-{seed}", size, objective, seed, last, often=())
+
+
+def longer(size: Size, seed: int) -> Cell:
+    """Whether it is the number of steps that holds the student back."""
+    often = (size.steps // 4, size.steps // 2, size.steps)
+    return taught(f"reflow-longer-{seed}", size, TEACHER, seed, size.steps, often)
+
+
+def taught(name: str, size: Size, objective: str, seed: int, last: int, often: tuple[int, ...]) -> Cell:
     """Trained on the teacher's pairs, from the teacher's weights; sampled without guidance, which is in the pairs."""
-    teacher, last = adaptation.name("full", TEACHER, seed), size.steps // 4
+    teacher = adaptation.name("full", TEACHER, seed)
     made = {"pairs": how(size), "teacher": training.deciding(adaptation.run(size, TEACHER, seed, size.steps))}
     pairs = f"pairs-{seed}"
     config = adaptation.run(size, objective, seed, last)
     config.model, config.data.sources, config.data.caption_dropout = f"weights:{teacher}", (pairs,), 0.0
     few, many = (tuple(n for n in STEPS if (n == max(STEPS)) == is_many) for is_many in (False, True))
     sampler = STUDENTS[objective]
-    questions = [Question(sampler, few, guidance=1.0), Question(sampler, many, (0, last), guidance=1.0)]
+    questions = [Question(sampler, few, often, 1.0), Question(sampler, many, often or (0, last), 1.0)]
     return training.cell(
-        f"reflow-{objective}-{seed}",
+        name,
         size,
         config,
         questions,
@@ -86,7 +99,7 @@ def solvers(size: Size, objective: str, seed: int) -> Cell:
     trained = adaptation.name("full", objective, seed)
 
     def compute(bench: Bench, _folder: Path) -> Result:
-        exam, folder = bench.exam(seed), bench.weights(trained)
+        exam, folder = bench.exam(seed, size.pixels), bench.weights(trained)
         config = bench.rendered(bench.size.pixels)
         # The prior's own scheduler: DDIM's timesteps are those of the model as it came.
         pipeline = dataclasses.replace(prior.load(config), unet=weights.load_unet(folder)).on_mesh(bench.mesh)
@@ -116,7 +129,7 @@ def section(known: Known, pictures: Path) -> Section:
 
     def table(what: str, form: str) -> str:
         rows = [
-            [label, *(known.told(cell, *path, n, what, form=form) for n in steps)] for label, cell, path in _lines(last)
+            [label, *(known.told(cell, *path, n, what, form=form) for n in steps)] for label, cell, path in _lines(size)
         ]
         return report.markdown_table(["", *(f"{n} step{'s' if n != '1' else ''}" for n in steps)], rows)
 
@@ -165,8 +178,15 @@ def _claims(known: Known, last: str) -> list[Claim]:
                 f"{told(list(student.values()))} against {told(list(solver.values()))}",
             )
         )
-    student, naive = (
-        known.of(f"reflow-{o}", "curve", last, "Euler", "2", FRECHET) for o in ("diff2flow", "flow_matching")
+    student, naive, diffusion = (
+        known.of(f"reflow-{o}", "curve", last, STUDENTS[o], "2", FRECHET) for o in ("diff2flow", *OTHERS)
+    )
+    made.append(
+        Claim(
+            "Reflow by diffusion, on the same pairs and grid, is worse with 2 steps",
+            compared(student, diffusion, lambda a, b: a < b),
+            f"{told(list(diffusion.values()))} against {told(list(student.values()))} after {last} steps",
+        )
     )
     made.append(
         Claim(
@@ -178,23 +198,27 @@ def _claims(known: Known, last: str) -> list[Claim]:
     return made
 
 
-def _lines(last: str) -> list[tuple[str, str, tuple[str, ...]]]:
+def _lines(size: Size) -> list[tuple[str, str, tuple[str, ...]]]:
     """Label, cell and where in its results the numbers of steps are."""
     solved = [
         (f"{'the teacher' if o == TEACHER else 'finetuned by diffusion'}, {sampler}", f"solvers-{o}", (sampler,))
         for o, samplers in SOLVERS.items()
         for sampler in (*samplers, DPM)
     ]
-    taught = [(f"reflow by {LABELS[o]}", f"reflow-{o}", ("curve", last, sampler)) for o, sampler in STUDENTS.items()]
-    return [*solved, *taught]
+    taught = [
+        (f"reflow by {LABELS[o]}", f"reflow-{o}", ("curve", str(size.steps // 4), sampler))
+        for o, sampler in STUDENTS.items()
+    ]
+    longer = [
+        (f"reflow by {LABELS[TEACHER]}, {mark} steps of training", "reflow-longer", ("curve", str(mark), "Euler"))
+        for mark in (size.steps // 2, size.steps)
+    ]
+    return [*solved, *taught, *longer]
 
 
 def _draw(known: Known, file: Path, steps: list[str]) -> None:
     figure, axis = numbers.plt.subplots(figsize=(8, 5), layout="constrained")
-    lines = [
-        (label, {n: known.of(cell, *path, n, FRECHET) for n in steps})
-        for label, cell, path in _lines(str(known.size.steps // 4))
-    ]
+    lines = [(label, {n: known.of(cell, *path, n, FRECHET) for n in steps}) for label, cell, path in _lines(known.size)]
     numbers.curves(axis, lines, steps, logarithmic=True)
     axis.set_xlabel("steps of the sampler")
     axis.set_ylabel("Fréchet distance")

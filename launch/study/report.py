@@ -41,7 +41,7 @@ What [Diff2Flow](https://arxiv.org/abs/2506.02221) claims of Stable Diffusion, m
 become. `./launch/study.sh` computes the cells that are missing and writes this page; all its numbers and verdicts
 come from the records in [study/cells](study/cells).
 
-Numbers are mean ± standard deviation over {seeds} seeds, and so are bars; dots are single seeds. A seed has its
+Numbers are mean ± standard deviation over up to {seeds} seeds, and so are bars; dots are single seeds. A seed has its
 own order of data, noise and times in training, and its own {images} held-out captions and noise in judging, which
 all objectives share: differences within a seed are surer than bars tell. A claim is judged seed by seed. The
 Fréchet distance is taken on the embedded classifier's features and biased by the number of pictures: compare it

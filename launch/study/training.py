@@ -42,7 +42,7 @@ def cell(
 
     def compute(bench: Bench, folder: Path) -> cells.Result:
         prepare(bench)
-        exam, shown = bench.exam(config.seed), config.seed == size.seeds[0]
+        exam, shown = bench.exam(config.seed, size.pixels), config.seed == size.seeds[0]
 
         def judge(pipeline: Pipeline, mark: int) -> dict[str, Any]:
             strip = folder / cells.STRIPS / f"{mark:06}.png" if shown else None

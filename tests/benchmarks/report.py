@@ -1,6 +1,11 @@
 """results/benchmarks.md, from the records that the benchmarks have left in results/benchmarks/.
 
-PYTHONPATH=. python tests/benchmarks/report.py
+    ./launch/install.sh torch study
+    for what in against_pytorch convolutions cost_of_the_method startup growth report; do
+        PYTHONPATH=. .venv/bin/python tests/benchmarks/$what.py
+    done
+
+Hours on a CPU; each script says at its head what it measures.
 """
 
 import json
@@ -105,8 +110,9 @@ def cost(record: dict[str, Any]) -> str:
     table = report.markdown_table(["objective", "TFLOP a picture", "to diffusion"], rows)
     return f"""## Cost of the method
 
-Operations of a train step of Stable Diffusion 2.1 at 512 pixels, as XLA counts them (in single precision, in which the
-alignment's are lost); jax {record["jax"]}, {record["date"]}. The time is in [study.md](study.md).
+Operations of a train step of Stable Diffusion 2.1 at 512 pixels and batch 1, optimizer included, as XLA counts them (in
+single precision, in which the alignment's are lost); jax {record["jax"]}, {record["date"]}. What a step of tiny-sd takes
+is in [study.md](study.md#cost).
 
 {table}"""
 
