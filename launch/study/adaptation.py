@@ -13,7 +13,7 @@ from launch.study import numbers, training
 from launch.study.bench import LATENTS, Size
 from launch.study.cells import Cell
 from launch.study.exam import GUIDANCE, Question
-from launch.study.numbers import Claim, Known, Section, compared, told
+from launch.study.numbers import Claim, Known, Section, compared, told, versus
 
 TRAINED = {"full": "", "LoRA": ":lora_base"}
 NAMES = {"full": "Whole UNet", "LoRA": "Adapters"}
@@ -132,11 +132,9 @@ def _weight_of_timesteps(model: str) -> tuple[list[int], np.ndarray]:
 def _claims(known: Known, trained: str) -> list[Claim]:
     size, few = known.size, known.size.few
     flow, naive = ({m: _of(known, trained, o, m, few) for m in size.marks} for o in ("diff2flow", "flow_matching"))
+    own = {mark: _of(known, trained, "diffusion", mark, few, "DDIM") for mark in size.marks}
     diffusion = {
-        mark: {
-            seed: min(value, _of(known, trained, "diffusion", mark, few, "DDIM")[seed])
-            for seed, value in _of(known, trained, "diffusion", mark, few).items()
-        }
+        mark: {seed: min(value, own[mark][seed]) for seed, value in _of(known, trained, "diffusion", mark, few).items()}
         for mark in size.marks
     }
     eighth, last = size.steps // 8, size.steps
@@ -161,13 +159,18 @@ def _claims(known: Known, trained: str) -> list[Claim]:
         Claim(
             f"{NAMES[trained]}: naive flow matching is still behind at the end",
             compared(naive[last], flow[last], lambda a, b: a > b),
-            f"{told(list(naive[last].values()))} against {told(list(flow[last].values()))} after {last} steps; "
+            f"{versus(naive[last], flow[last])} after {last} steps; "
             f"it comes to what Diff2Flow has after {eighth} at step: {when or '-'}",
+        ),
+        Claim(
+            f"{NAMES[trained]}: diffusion, by the checkpoint's own timesteps, is worse at the end",
+            compared(own[last], flow[last], lambda a, b: a > b),
+            f"{versus(own[last], flow[last])} after {last} steps",
         ),
         Claim(
             f"{NAMES[trained]}: diffusion, by the better of its samplers, is worse from an eighth of the steps on",
             [value > 1 for value in worse.values()],
-            f"{told(list(diffusion[last].values()))} against {told(list(flow[last].values()))} after {last} steps; "
+            f"{versus(diffusion[last], flow[last])} after {last} steps; "
             f"the least ratio on the way is {told(list(worse.values()), '{:.2f}')}",
         ),
     ]

@@ -15,7 +15,7 @@ from launch.study.adaptation import LABELS
 from launch.study.bench import COLOUR_NAMES, COLOURS, LATENTS, Bench, Size
 from launch.study.cells import Cell, Result
 from launch.study.exam import GUIDANCE, SAMPLERS, keep
-from launch.study.numbers import Claim, Known, Section, compared, told
+from launch.study.numbers import Claim, Known, Section, compared, told, versus
 
 SHARE = 0.2  # of pictures of one colour in a batch; the others are ShapesWorld's
 NOISES = 16  # pictures of each colour
@@ -181,7 +181,7 @@ def _claims(known: Known, last: str, many: str) -> list[Claim]:
             Claim(
                 f"Diff2Flow comes closer to black and white than diffusion does, guidance {guidance}",
                 compared(flow, diffusion, lambda a, b: a < b),
-                f"{told(list(flow.values()))} against {told(list(diffusion.values()))} levels from what the VAE makes "
+                f"{versus(flow, diffusion)} levels from what the VAE makes "
                 f"of them, the prior {told(list(prior_itself.values()))}",
             )
         )

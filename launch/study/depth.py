@@ -20,7 +20,7 @@ from launch.study.bench import DEPTHS, Bench, Size
 from launch.study.cells import Cell, Result
 from launch.study.exam import SAMPLERS as BY_NAME
 from launch.study.exam import SHOWN, keep, sampled
-from launch.study.numbers import Claim, Known, Section, compared, told
+from launch.study.numbers import Claim, Known, Section, compared, told, versus
 
 ENSEMBLE = 4
 MEASURES = {"abs_rel": "{:.3f}", "delta1": "{:.1%}"}
@@ -164,10 +164,9 @@ def _claims(known: Known, trained: str, marks: list[str]) -> list[Claim]:
         return {seed: min(values[seed] for values in found) for seed in found[0]}
 
     def claim(text: str, a: dict[int, float], b: dict[int, float]) -> Claim:
-        numbers_of = " against ".join(told(list(values.values()), "{:.3f}") for values in (a, b))
-        return Claim(f"{what}: {text}", compared(a, b, lambda x, y: x < y), f"AbsRel {numbers_of}")
+        return Claim(f"{what}: {text}", compared(a, b, lambda x, y: x < y), f"AbsRel {versus(a, b, '{:.3f}')}")
 
-    flow = of("diff2flow", last, few)
+    flow, own = of("diff2flow", last, few), _of(known, trained, "diffusion", "DDIM", last, "1")
     return [
         claim(
             f"Diff2Flow is ahead of naive flow matching after {early} steps",
@@ -175,6 +174,11 @@ def _claims(known: Known, trained: str, marks: list[str]) -> list[Claim]:
             of("flow_matching", early, few),
         ),
         claim(f"and still after {last}", flow, of("flow_matching", last, few)),
+        claim(
+            "with one step it is better than diffusion by the checkpoint's own timesteps",
+            of("diff2flow", last, "1"),
+            own,
+        ),
         claim(
             "with one step it is better than diffusion by the better of its samplers",
             of("diff2flow", last, "1"),

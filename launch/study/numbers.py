@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter, ScalarFormatter
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from d2f_jax import report
@@ -87,6 +87,12 @@ def compared(a: Mapping[int, float], b: Mapping[int, float], holds: Callable[[fl
     return [holds(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
 
 
+def versus(a: Mapping[int, float], b: Mapping[int, float], form: str = "{:.1f}") -> str:
+    """Of the seeds that both have."""
+    both = sorted(a.keys() & b.keys())
+    return f"{told([a[seed] for seed in both], form)} against {told([b[seed] for seed in both], form)}"
+
+
 Line = tuple[str, Mapping[str, Mapping[int, float]]]
 """A label, and by place on the axis the values by seed."""
 
@@ -113,8 +119,10 @@ def curves(axis: Any, lines: Sequence[Line], places: Sequence[str], *, logarithm
         axis.legend(fontsize=8)
     if logarithmic:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))  # numbers, not powers of ten
+        axis.yaxis.set_major_formatter("{x:g}")
+        chosen = LogFormatter(minor_thresholds=(2, 0.6))  # which numbers are told; it would tell powers of ten
+        chosen.set_axis(axis.yaxis)
+        axis.yaxis.set_minor_formatter(lambda y, place: f"{y:g}" if chosen(y, place) else "")
 
 
 def save(figure: Any, file: Path) -> None:

@@ -16,7 +16,7 @@ from launch.study.adaptation import FRECHET, LABELS
 from launch.study.bench import Bench, Size
 from launch.study.cells import Cell, Result
 from launch.study.exam import GUIDANCE, Question
-from launch.study.numbers import Claim, Known, Section, compared, told
+from launch.study.numbers import Claim, Known, Section, compared, versus
 
 STEPS = (1, 2, 4, 25)
 TEACHER = "diff2flow"
@@ -165,7 +165,7 @@ def _claims(known: Known, last: str) -> list[Claim]:
             Claim(
                 f"Reflow by Diff2Flow improves {n} step{'s' if n != '1' else ''}",
                 compared(student, teacher, lambda a, b: a < b),
-                f"{told(list(student.values()))}, the teacher {told(list(teacher.values()))}",
+                f"{versus(student, teacher)}, the teacher",
             )
         )
     for n in ("2", "4"):
@@ -175,7 +175,7 @@ def _claims(known: Known, last: str) -> list[Claim]:
             Claim(
                 f"With {n} steps it is better than the diffusion model with its second-order solver",
                 compared(student, solver, lambda a, b: a < b),
-                f"{told(list(student.values()))} against {told(list(solver.values()))}",
+                f"{versus(student, solver)}",
             )
         )
     student, naive, diffusion = (
@@ -185,14 +185,14 @@ def _claims(known: Known, last: str) -> list[Claim]:
         Claim(
             "Reflow by diffusion, on the same pairs and grid, is worse with 2 steps",
             compared(student, diffusion, lambda a, b: a < b),
-            f"{told(list(diffusion.values()))} against {told(list(student.values()))} after {last} steps",
+            f"{versus(diffusion, student)} after {last} steps",
         )
     )
     made.append(
         Claim(
             "Naive flow matching on the same pairs is worse with 2 steps",
             compared(student, naive, lambda a, b: a < b),
-            f"{told(list(naive.values()))} against {told(list(student.values()))} after {last} steps",
+            f"{versus(naive, student)} after {last} steps",
         )
     )
     return made

@@ -110,9 +110,9 @@ def cost(record: dict[str, Any]) -> str:
     table = report.markdown_table(["objective", "TFLOP a picture", "to diffusion"], rows)
     return f"""## Cost of the method
 
-Operations of a train step of Stable Diffusion 2.1 at 512 pixels and batch 1, optimizer included, as XLA counts them (in
-single precision, in which the alignment's are lost); jax {record["jax"]}, {record["date"]}. What a step of tiny-sd takes
-is in [study.md](study.md#cost).
+Operations of a train step of Stable Diffusion 2.1 at 512 pixels and batch 1, optimizer included, as XLA counts them
+(in single precision, in which the alignment's are lost); jax {record["jax"]}, {record["date"]}. What a step of tiny-sd
+takes is in [study.md](study.md#cost).
 
 {table}"""
 
