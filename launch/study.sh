@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into .venv and measures the paper's claims on the embedded world, where they are not known yet: results/study.md.
-# Usage: ./launch/study.sh [--only=adapt-] [--report] [--workdir=study] ...      hours on two CPU cores; goes on after a kill
+# Usage: ./launch/study.sh [--only=adapt-] [--skip=cost] [--report] [--workdir=study] [--results=results]      hours on two CPU cores; goes on after a kill
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ ${1:-} == --help ]]; then
