@@ -4,18 +4,8 @@
 
 Writes a few hundred examples of every kind into a temporary folder and reads them again and again, in batches of 32,
 with tiny-sd's tokenizer; the files lie in the page cache. Nothing uses what comes out, so this is what the processors
-give, not what a disk does. Mean of some seconds after the first batches.
-
-On two cores of an AMD EPYC, 2026-11-25, Python 3.11.7, grain 0.2.18, Pillow 13.0.0:
-
-    source                      pixels   0 workers   2 workers
-    ShapesWorld                 48       3,012       5,584
-    ShapesWorld                 64       2,914       4,420
-    image folder, JPEG          512      1,596       1,052
-    TFDS, PNG                   64       4,492       6,741
-    WebDataset, JPEG            512      1,121       1,026
-    WebDataset, latents         512      6,006       9,027
-    prepared latents and text   512      12,793      5,149
+give, not what a disk does. Mean of some seconds after the first batches; the record goes to
+results/benchmarks/input_pipeline.json.
 
 Without workers two threads read ahead, and decoders and file reads run beside each other in them. Workers pay where
 Python is what takes the time; what is large and quickly read is only delayed by its way from process to process.
@@ -23,10 +13,12 @@ Python is what takes the time; what is large and quickly read is only delayed by
 
 import io
 import json
+import os
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +32,27 @@ from d2f_jax.data.shapes_world import shapes_world
 from d2f_jax.data.sources import Source
 
 BATCH, SECONDS, WORKERS = 32, 3.0, (0, 2)
+RESULTS = Path(__file__).parents[2] / "results" / "benchmarks"
 COUNT = 256  # examples of every source, but ShapesWorld
 MODEL = Path(__file__).parents[2] / "d2f_jax/assets/tiny-sd"
 
 
 def main() -> None:
     tokenize = weights.Tokenize(weights.load_tokenizer(MODEL))
-    print(f"| source | pixels | {' | '.join(f'{n} workers' for n in WORKERS)} |\n|---|---|{'---|' * len(WORKERS)}")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, size, source in sources(Path(folder)):
             rates = [examples_per_second(source, tokenize, size, workers) for workers in WORKERS]
-            print(f"| {name} | {size} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |", flush=True)
+            rows.append([name, size, *rates])
+            print(rows[-1], flush=True)
+    record = {
+        "workers": WORKERS,
+        "rows": rows,
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    record["versions"] = {name: version(name) for name in ("grain", "pillow")}
+    (RESULTS / "input_pipeline.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def examples_per_second(source: Source, tokenize: weights.Tokenize, size: int, workers: int) -> float:

@@ -4,46 +4,44 @@
 
 Writes 866M random parameters as diffusers saves them with `variant="fp16"` (1.7 GB) and loads them in fresh processes
 that do nothing else. Time is from call to parameters in memory, with the file in the page cache; memory is what the
-process holds at its peak beyond what the imports held.
-
-On two cores of an AMD EPYC, 2026-11-25, jax 0.10.2, torch 2.13.0, diffusers 0.42.1 (which maps float16 files into
-memory and reads them when they are used):
-
-    loaded by   as        seconds   GB/s of file   peak memory
-    d2f_jax     float32   9.5       0.18           5.4 GB
-    d2f_jax     float16   6.2       0.28           3.5 GB
-    diffusers   float32   2.2       0.79           5.3 GB
-    diffusers   float16   1.6       1.06           0.1 GB
+process holds at its peak beyond what the imports held. diffusers maps float16 files into memory and reads them when
+they are used. The record goes to results/benchmarks/loading.json.
 """
 
+import itertools
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+RESULTS = Path(__file__).parents[2] / "results" / "benchmarks"
 REPEATS = 3
 
 
 def main() -> None:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "write", folder], check=True, stdout=subprocess.DEVNULL)
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e9
-        print(
-            f"file: {size:.2f} GB\n\n| loaded by | as | seconds | GB/s of file | peak memory |\n|---|---|---|---|---|"
-        )
-        for library, dtype in [
-            ("d2f_jax", "float32"),
-            ("d2f_jax", "float16"),
-            ("diffusers", "float32"),
-            ("diffusers", "float16"),
-        ]:
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        for library, dtype in itertools.product(("d2f_jax", "diffusers"), ("float32", "float16")):
             runs = [measured(library, folder, dtype) for _ in range(REPEATS)]
-            seconds = sorted(run["seconds"] for run in runs)[REPEATS // 2]
-            memory = max(run["bytes"] for run in runs) / 1e9
-            print(f"| {library} | {dtype} | {seconds:.1f} | {size / seconds:.2f} | {memory:.1f} GB |", flush=True)
+            seconds = statistics.median(run["seconds"] for run in runs)
+            rows.append([library, dtype, seconds, size / seconds, max(run["bytes"] for run in runs)])
+            print(rows[-1], flush=True)
+    record = {
+        "file_bytes": size,
+        "rows": rows,
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    record["versions"] = {name: version(name) for name in ("jax", "torch", "diffusers")}
+    (RESULTS / "loading.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measured(library: str, folder: str, dtype: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """results/benchmarks.md, from the records that the benchmarks have left in results/benchmarks/.
 
     ./launch/install.sh torch study
-    for what in against_pytorch convolutions cost_of_the_method startup growth report; do
+    for what in against_pytorch convolutions cost_of_the_method startup loading input_pipeline growth report; do
         PYTHONPATH=. .venv/bin/python tests/benchmarks/$what.py
     done
 
@@ -34,6 +34,9 @@ def main() -> None:
     if (file := records / "cost_of_the_method.json").exists():
         parts.append(cost(json.loads(file.read_text())))
     parts += [startup(json.loads(file.read_text())) for file in sorted(records.glob("startup_*.json"))]
+    parts += [
+        of(json.loads(file.read_text())) for name, of in ONES.items() if (file := records / f"{name}.json").exists()
+    ]
     parts += [growth(file) for file in sorted(records.glob("growth_*.json"))]
     (RESULTS / "benchmarks.md").write_text("\n".join(parts))
 
@@ -135,6 +138,39 @@ tiny-sd, {record["date"]}, jax {record["jax"]}.
 
 ![Time and memory by batch, resolution and devices](benchmarks/{file.stem}.png)
 """
+
+
+def loading(record: dict[str, Any]) -> str:
+    rows = [
+        [library, dtype, f"{seconds:.1f}", f"{rate / 1e9:.2f}", f"{held / 1e9:.1f} GB"]
+        for library, dtype, seconds, rate, held in record["rows"]
+    ]
+    table = report.markdown_table(["loaded by", "as", "seconds", "GB/s of file", "peak memory"], rows)
+    return f"""## Loading the UNet of Stable Diffusion 2.1
+
+From a file of {record["file_bytes"] / 1e9:.2f} GB in half precision, in the page cache; {facts(record)}. diffusers
+maps what it need not convert, and reads it when it is used.
+
+{table}"""
+
+
+def input_pipeline(record: dict[str, Any]) -> str:
+    rows = [[name, str(size), *(f"{rate:,.0f}" for rate in rates)] for name, size, *rates in record["rows"]]
+    table = report.markdown_table(["source", "pixels", *(f"{n} workers" for n in record["workers"])], rows)
+    return f"""## Examples per second from the loader
+
+Decoded, cropped and tokenised, by source and `config.data.num_workers`; nothing uses them. {facts(record)}.
+
+{table}"""
+
+
+ONES = {"loading": loading, "input_pipeline": input_pipeline}
+"""By the name of the record."""
+
+
+def facts(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['cores']} CPU cores, {versions}, {record['date']}"
 
 
 def told(device: dict[str, Any]) -> str:
