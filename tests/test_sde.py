@@ -13,10 +13,11 @@ from schedules import SD, config
 
 from d2f_jax import InputError, NoiseSchedule, sampling, sde
 from d2f_jax.alignment import Alignment
-from d2f_jax.flow import LINEAR, Path
+from d2f_jax.flow import LINEAR, Path, PathName
 from d2f_jax.sampler import Sampler
 from d2f_jax.sde import SDE
 
+KEY = jax.random.key(0)
 STD = 0.5  # of Gaussian data, whose velocity and score are known
 PATHS = [LINEAR, Path("gvp"), Path(sigma_min=0.3)]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["linear", "gvp", "sigma_min"])
@@ -35,7 +36,6 @@ def velocity(x: jax.Array, t: jax.Array, path: Path = LINEAR) -> jax.Array:
 def drawn(
     how: SDE, num_steps: int, solver: str, first: float = 0.05, count: int = 1 << 16, path: Path = LINEAR
 ) -> np.ndarray:
-    """Samples, begun with the right variance."""
     keys = jax.random.split(jax.random.key(0), 8)
     noise = jax.vmap(lambda key: jax.random.normal(key, (count // 8,)))(jax.random.split(jax.random.key(1), 8))
     grid = sampling.pad_grid(sde.grid(how, first, num_steps), num_steps + 9)
@@ -51,6 +51,27 @@ def test_the_score_is_the_gradient_of_the_log_density(path: Path) -> None:
         truth = jax.vmap(jax.grad(lambda x, t=t: -(x**2) / (2 * variance(t, path))))(x)
         score = sde.score(velocity(x, jnp.float32(t), path), x, t, path)
         np.testing.assert_allclose(score, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize("form", get_args(sde.Form))
+def test_the_forms_are_the_published_ones(form: sde.Form, path: PathName) -> None:
+    """Any weight would give the right marginals, so the formulas of SiT, which the paper's code has too, stand here."""
+    t, norm = np.linspace(0.05, 1, 20), 0.7
+    turn, sigma = np.pi / 2 * t, 1 - t
+    ratio, fall = 1 / t, -1.0  # alpha'/alpha and sigma'
+    if path == "gvp":
+        sigma, ratio, fall = np.cos(turn), np.pi / 2 / np.tan(turn), -np.pi / 2 * np.sin(turn)
+    published = {
+        "constant": np.full(20, norm),
+        "SBDM": norm * (ratio * sigma**2 - sigma * fall),
+        "sigma": norm * sigma,
+        "linear": norm * (1 - t),
+        "decreasing": 0.25 * (norm * np.cos(np.pi * t) + 1) ** 2,
+        "increasing-decreasing": norm * np.sin(np.pi * t) ** 2,
+    }[form]
+    weight = sde.diffusion_weight(SDE(form, norm=norm), jnp.asarray(t, jnp.float32), Path(path))
+    np.testing.assert_allclose(weight, published, rtol=1e-4, atol=1e-6)
 
 
 @each_path
@@ -78,10 +99,51 @@ def test_last_steps(last_step: sde.LastStep) -> None:
     assert samples.std() == pytest.approx(STD, rel=0.03)
 
 
-def test_euler_maruyama_is_of_first_weak_order() -> None:
-    steps = np.array([8, 12, 16, 24])
-    errors = [abs(drawn(SDE("sigma", last_step="none"), n, "euler", count=1 << 21).var() - STD**2) for n in steps]
-    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(1, abs=0.3)
+def drift(how: SDE, x: jax.Array, t: float) -> jax.Array:
+    u = velocity(x, jnp.float32(t))
+    return u + sde.diffusion_weight(how, t) * sde.score(u, x, t)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("last_step", get_args(sde.LastStep))
+def test_steps_are_the_published_ones(solver: str, last_step: sde.LastStep) -> None:
+    """Two of them: one with noise, and the last, which has its own rule and is never Heun's."""
+    how, keys = SDE("sigma", norm=2.0, last_step=last_step), jax.random.split(jax.random.key(0), 8)
+    x = begun = jnp.linspace(-2, 2, 8)[:, None]
+    times, h, end = [0.3, 0.6, 1.0], 0.3, 0.4
+    noise = [jnp.sqrt(2 * 2.0 * (1 - times[i])) * sampling.step_noise(keys, i, (1,)) for i in range(2)]
+    if solver == "euler":
+        x = x + h * drift(how, x, 0.3) + jnp.sqrt(h) * noise[0]
+    else:
+        x = x + jnp.sqrt(h) * noise[0]
+        first = drift(how, x, 0.3)
+        x = x + h / 2 * (first + drift(how, x + h * first, 0.6))
+    match last_step:
+        case "mean":
+            x = x + end * drift(how, x, 0.6)
+        case "euler":
+            x = x + end * velocity(x, jnp.float32(0.6))
+        case "none":
+            noisy = x + jnp.sqrt(end) * noise[1]
+            x = noisy + end * drift(how, x if solver == "euler" else noisy, 0.6)
+    ours = sde.solve(how, velocity, begun, jnp.array(times), keys, solver)
+    np.testing.assert_allclose(ours, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_random_solvers_are_of_first_weak_order(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SiT's Heun adds its noise before the step, not along it, and gains no order by its second stage.
+
+    The velocity is linear, so what one unit of each noise becomes tells the variance of what is reached, exactly.
+    """
+    errors, steps = [], np.array([64, 96, 128, 192])
+    for n in steps:
+        monkeypatch.setattr(sde, "step_noise", lambda keys, i, _: 1.0 * (jnp.arange(len(keys)) == i)[:, None])
+        x = jnp.zeros((n + 1, 1)).at[n].set(jnp.sqrt(variance(0.05)))
+        grid = jnp.linspace(0.05, 0.8, n + 1)  # not up to data, where the score is steep
+        ends = sde.solve(SDE("sigma", last_step="none"), velocity, x, grid, jax.random.split(KEY, n + 1), solver)
+        errors.append(abs(float(jnp.sum(ends**2)) - variance(0.8)))
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(1, abs=0.15)
 
 
 def test_without_noise_it_is_the_flow() -> None:
