@@ -7,17 +7,19 @@ what is known, though all of it is finite; an example without any has no loss. T
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from d2f_jax import alignment, flow
 from d2f_jax.alignment import Alignment
+from d2f_jax.errors import InputError
 from d2f_jax.schedule import NoiseSchedule
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 Name = Literal["diff2flow", "flow_matching", "diffusion"]
+Norm = Literal["l2", "l1"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,21 @@ class Objective:
     """What is trained, and at which times.
 
     "diff2flow" and "flow_matching" are one loss, of the velocity, and differ by what `alignment` takes over from the
-    diffusion model. "diffusion" is the model's own loss, weighted by min-SNR if `min_snr_gamma` is not 0.
+    diffusion model. "diffusion" is the model's own loss, weighted by min-SNR if `min_snr_gamma` is not 0. `norm` is of
+    the error: "l2" squares it, "l1" takes its size. Raises InputError for min-SNR of an error that is not squared.
     """
 
     name: Name = "diff2flow"
     alignment: Alignment = alignment.ALIGNED
     times: flow.TimeDistribution = flow.UNIFORM
     min_snr_gamma: float = 0.0
+    norm: Norm = "l2"
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise InputError(f"norm={self.norm!r} is not one of {', '.join(get_args(Norm))}")
+        if self.min_snr_gamma and self.norm != "l2":
+            raise InputError(f"min_snr_gamma={self.min_snr_gamma} weighs squared errors; use 0 for norm={self.norm!r}")
 
 
 def loss(
@@ -49,10 +59,11 @@ def loss(
         case "diff2flow" | "flow_matching":
             how = objective.alignment
             field = alignment.velocity_field(schedule, predict, how)
-            return flow_matching(field, x_1, x_0, t_B, valid_BxHxWx1, how.flow_path, path_noise)
+            return flow_matching(field, x_1, x_0, t_B, valid_BxHxWx1, how.flow_path, path_noise, objective.norm)
         case "diffusion":
             tau_B = discrete_timestep(schedule, t_B)
-            return diffusion(schedule, predict, x_1, x_0, tau_B, objective.min_snr_gamma, valid_BxHxWx1)
+            gamma = objective.min_snr_gamma
+            return diffusion(schedule, predict, x_1, x_0, tau_B, gamma, valid_BxHxWx1, objective.norm)
 
 
 def flow_matching(
@@ -63,8 +74,9 @@ def flow_matching(
     valid_BxHxWx1: jax.Array | None = None,
     path: flow.Path = flow.LINEAR,
     path_noise: jax.Array | None = None,
+    norm: Norm = "l2",
 ) -> jax.Array:
-    """Squared error [B] of a velocity field along `path` (arXiv 2302.00482, equation 10).
+    """Squared error [B], or another `norm`, of a velocity field along `path` (arXiv 2302.00482, equation 10).
 
     With the aligned field of a diffusion network it is Diff2Flow's objective (arXiv 2506.02221, section 3): the network
     sees the diffusion state and timestep that correspond to flow time, and only what is asked of its prediction is new.
@@ -74,7 +86,7 @@ def flow_matching(
         assert path_noise is not None, "a path with sigma_min needs its noise"
         x_t += path.sigma_min * path_noise
     error = velocity(x_t, t_B) - flow.velocity_target(x_1, x_0, t_B, path)
-    return _mean(error**2, valid_BxHxWx1)
+    return _mean(error, norm, valid_BxHxWx1)
 
 
 def diffusion(
@@ -85,8 +97,9 @@ def diffusion(
     tau_B: jax.Array,
     min_snr_gamma: float = 0.0,
     valid_BxHxWx1: jax.Array | None = None,
+    norm: Norm = "l2",
 ) -> jax.Array:
-    """Squared error [B] of the diffusion model's own prediction at timesteps `tau_B`, int32.
+    """Squared error [B], or another `norm`, of the diffusion model's own prediction at timesteps `tau_B`, int32.
 
     With `min_snr_gamma` it weighs as if the error were that of the data, `min(SNR, gamma)` times (arXiv 2303.09556).
     """
@@ -95,7 +108,7 @@ def diffusion(
     alpha, sigma = (flow.per_example(jnp.sqrt(power), x_1) for power in (power_B, 1 - power_B))
     target = {"epsilon": x_0, "v_prediction": alpha * x_0 - sigma * x_1, "sample": x_1}[schedule.prediction_type]
     prediction = predict(alpha * x_1 + sigma * x_0, tau_B.astype(jnp.float32)).astype(jnp.float32)
-    loss_B = _mean((prediction - target) ** 2, valid_BxHxWx1)
+    loss_B = _mean(prediction - target, norm, valid_BxHxWx1)
     return loss_B * _min_snr_weight(schedule, power_B, min_snr_gamma) if min_snr_gamma else loss_B
 
 
@@ -117,8 +130,9 @@ def _min_snr_weight(schedule: NoiseSchedule, power_B: jax.Array, gamma: float) -
             return jnp.minimum(snr_B, gamma)
 
 
-def _mean(x: jax.Array, valid_BxHxWx1: jax.Array | None) -> jax.Array:
-    """[B], over what is valid."""
+def _mean(error: jax.Array, norm: Norm, valid_BxHxWx1: jax.Array | None) -> jax.Array:
+    """[B], of the squares or sizes of errors where they are valid."""
+    x = error**2 if norm == "l2" else jnp.abs(error)
     if valid_BxHxWx1 is None:
         return jnp.mean(x, axis=(1, 2, 3))
     weight = jnp.broadcast_to(valid_BxHxWx1, x.shape).astype(jnp.float32)

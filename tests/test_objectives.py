@@ -1,5 +1,8 @@
 """The objective: zero for a network that knows, the plain flow-matching error for one that doesn't; and flow times."""
 
+import dataclasses
+from typing import get_args
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,13 @@ import torch
 from diffusers.training_utils import compute_snr
 from schedules import SD, ZERO_SNR, config
 
-from d2f_jax import NoiseSchedule, alignment, flow, objectives
+from configs import quickstart
+from d2f_jax import InputError, NoiseSchedule, alignment, flow, objectives, settings
 from d2f_jax.alignment import Alignment
 from d2f_jax.objectives import Objective
 
 KINDS = ["epsilon", "v_prediction", "sample"]
+NAIVE = Alignment(timestep=False, state=False, velocity=False)
 X_1, X_0 = jax.random.normal(jax.random.key(0), (2, 32, 4, 4, 2))
 
 
@@ -118,6 +123,74 @@ def test_min_snr_weights_are_those_of_diffusers_training(kind: str) -> None:
         for gamma in (0.0, 5.0)
     )
     np.testing.assert_allclose(weighted, plain * weight, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", get_args(objectives.Name))
+def test_the_first_norm_is_the_mean_of_sizes(name: objectives.Name) -> None:
+    schedule, t_B = NoiseSchedule.from_config(config(SD, "epsilon")), jnp.linspace(0.1, 0.9, 32)
+    off = jnp.where(jnp.arange(2) == 0, 1.0, -3.0)  # of the two channels: 2 in the mean of sizes, 5 of squares
+
+    def loss(norm: objectives.Norm, valid: jax.Array | None) -> jax.Array:
+        objective = Objective(name, Alignment() if name == "diff2flow" else NAIVE, norm=norm)
+        answer = {"diffusion": X_0, "diff2flow": X_0, "flow_matching": X_1 - X_0}[name] + off
+        return objectives.loss(objective, schedule, lambda x, tau: answer, X_1, X_0, t_B, valid)
+
+    gain = 1 / t_B if name == "diff2flow" else 1.0  # what an error of epsilon is in the velocity
+    for valid in (None, jnp.ones((32, 4, 4, 1)).at[:, 1:].set(0)):
+        np.testing.assert_allclose(loss("l1", valid), jnp.full(32, 2.0) * gain, rtol=1e-3)
+        np.testing.assert_allclose(loss("l2", valid), jnp.full(32, 5.0) * gain**2, rtol=1e-3)
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="norm='l3' is not one of l2, l1"):
+        Objective(norm="l3")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="min_snr_gamma=5 weighs squared errors"):
+        Objective("diffusion", min_snr_gamma=5, norm="l1")
+
+
+def test_the_objective_is_weighted_as_it_says() -> None:
+    schedule, t_B = NoiseSchedule.from_config(config(SD, "v_prediction")), jnp.linspace(0.01, 0.99, 32)
+    plain, weighted = (
+        objectives.loss(Objective("diffusion", min_snr_gamma=gamma), schedule, lambda x, tau: x, X_1, X_0, t_B)
+        for gamma in (0.0, 5.0)
+    )
+    power = schedule.alphas_cumprod[objectives.discrete_timestep(schedule, t_B)]
+    snr = power / (1 - power)
+    np.testing.assert_allclose(weighted / plain, jnp.minimum(snr, 5) / (snr + 1), rtol=1e-4)
+
+
+def test_the_published_objective_is_trained_in_its_own_coordinates() -> None:
+    schedule, t_B = NoiseSchedule.from_config(config(SD, "epsilon")), jnp.linspace(0.02, 0.98, 32)
+    x_t, seen = flow.interpolate(X_1, X_0, t_B), {}
+
+    def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
+        seen.update(x=dm_x, tau=tau_B)
+        return 0.3 * dm_x
+
+    losses = {}
+    for convention in get_args(alignment.Convention):
+        objective = Objective(alignment=Alignment(convention=convention))
+        losses[convention] = objectives.loss(objective, schedule, predict, X_1, X_0, t_B)
+        tau_B = alignment.diffusion_timestep(schedule, t_B, convention=convention)
+        dm_x = alignment.to_diffusion(schedule, x_t, t_B, convention=convention)
+        np.testing.assert_array_equal(seen["tau"], tau_B)
+        np.testing.assert_array_equal(seen["x"], dm_x)
+        velocity = alignment.velocity(schedule, 0.3 * dm_x, x_t, t_B, convention=convention)
+        expected = jnp.mean((velocity - (X_1 - X_0)) ** 2, axis=(1, 2, 3))
+        np.testing.assert_allclose(losses[convention], expected, rtol=1e-5)
+    assert not np.allclose(losses["exact"], losses["reference"], rtol=1e-3)
+
+
+def test_what_a_config_says_of_its_objective_is_trained() -> None:
+    given = {"convention": "reference", "times": "logit_normal", "logit_mean": -0.5, "logit_std": 1.5, "shift": 3.0}
+    settled = quickstart.get_config()
+    settled.update_from_flattened_dict({f"objective.{key}": value for key, value in given.items()})
+    made = settings.make_objective(settled)
+    assert made == Objective(
+        alignment=Alignment(convention="reference"), times=flow.TimeDistribution("logit_normal", -0.5, 1.5, 3.0)
+    )
+    settled.update_from_flattened_dict({"objective.name": "diffusion", "objective.min_snr_gamma": 5.0})
+    assert settings.make_objective(settled) == dataclasses.replace(made, name="diffusion", min_snr_gamma=5.0)
 
 
 def test_min_snr_without_signal_is_finite() -> None:
