@@ -9,6 +9,7 @@ from typing import Any
 
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
+from d2f_jax.schedule import betas_of
 from d2f_jax.task import TEXT_TO_IMAGE, Task
 
 # diffusers skips keys that begin so
@@ -71,6 +72,9 @@ def _scheduler(scheduler_config: Mapping[str, Any], alignment: Alignment, task: 
     """
     kept = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr"
     config = {key: scheduler_config[key] for key in kept.split() if key in scheduler_config}
+    if config.get("beta_schedule") == "sqrt":  # which diffusers does not know
+        config["trained_betas"] = betas_of(config).tolist()
+        del config["beta_schedule"]
     if task.of_pictures:
         config |= {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
         config |= {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}

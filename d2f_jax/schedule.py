@@ -57,6 +57,9 @@ class NoiseSchedule:
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
         """Reads diffusers' keys, absent ones with diffusers' defaults.
 
+        Of CompVis's `beta_schedule`s "linear", "sqrt_linear" and "cosine" are diffusers' "scaled_linear", "linear" and
+        "squaredcos_cap_v2"; "sqrt", which diffusers lacks, has its own name here.
+
         Raises InputError naming a key that is unknown or whose value changes the mathematics in a way not supported,
         and for `epsilon` with zero terminal SNR, where the last timestep's prediction tells nothing of the data.
         """
@@ -73,7 +76,7 @@ class NoiseSchedule:
             allowed = ", ".join(get_args(PredictionType))
             raise InputError(f"scheduler_config: prediction_type={prediction_type!r} is not one of {allowed}")
         try:
-            betas = _betas(config)
+            betas = betas_of(config)
         except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
@@ -101,8 +104,8 @@ class NoiseSchedule:
         return self.alphas_cumprod.shape[0]
 
 
-def _betas(config: Mapping[str, Any]) -> np.ndarray:
-    """float64 [T]."""
+def betas_of(config: Mapping[str, Any]) -> np.ndarray:
+    """float64 [T], before any rescaling."""
     if config.get("trained_betas") is not None:
         return np.asarray(config["trained_betas"], np.float64)
     steps = config.get("num_train_timesteps", 1000)
@@ -115,9 +118,12 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
         case "squaredcos_cap_v2":
             bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
             return np.minimum(1 - np.array(bar[1:]) / np.array(bar[:-1]), 0.999)
+        case "sqrt":
+            return np.sqrt(np.linspace(start, end, steps))
         case unknown:
             raise InputError(
-                f"scheduler_config: beta_schedule={unknown!r} is not one of linear, scaled_linear, squaredcos_cap_v2"
+                f"scheduler_config: beta_schedule={unknown!r} is not one of linear, scaled_linear, squaredcos_cap_v2, "
+                "sqrt"
             )
 
 

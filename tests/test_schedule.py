@@ -1,12 +1,16 @@
 """The schedule against diffusers' own, and what it refuses."""
 
+from pathlib import Path
+
 import diffusers
 import jax
 import numpy as np
 import pytest
 from schedules import SD, ZERO_SNR
 
-from d2f_jax import InputError, NoiseSchedule
+from d2f_jax import InputError, NoiseSchedule, export, weights
+from d2f_jax.alignment import ALIGNED
+from d2f_jax.task import TEXT_TO_IMAGE
 
 CONFIGS = {
     "defaults": {},
@@ -58,6 +62,18 @@ def test_zero_terminal_snr_ends_at_zero() -> None:
     schedule = NoiseSchedule.from_config(ZERO_SNR | {"prediction_type": "v_prediction"})
     assert schedule.alphas_cumprod[-1] == 0
     np.testing.assert_allclose(schedule.alphas_cumprod[0], NoiseSchedule.from_config(SD).alphas_cumprod[0], rtol=1e-6)
+
+
+def test_the_square_root_schedule_is_the_published_one_and_diffusers_reads_its_export(tmp_path: Path) -> None:
+    config = SD | {"beta_schedule": "sqrt", "beta_end": 0.0012, "prediction_type": "v_prediction"}
+    ours = NoiseSchedule.from_config(config).alphas_cumprod
+    published = np.cumprod(1 - np.linspace(0.00085, 0.0012, 1000) ** 0.5)
+    np.testing.assert_allclose(ours, published, rtol=1e-5)
+    export.write_configs(tmp_path, config, ALIGNED, TEXT_TO_IMAGE, None)
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+    np.testing.assert_allclose(theirs.alphas_cumprod, published, rtol=1e-4)
+    again = NoiseSchedule.from_config(weights.load_scheduler_config(tmp_path))
+    np.testing.assert_array_equal(again.alphas_cumprod, ours)
 
 
 @pytest.mark.parametrize(
