@@ -1,7 +1,7 @@
 """The train step: pure, the same on any mesh and in any number of parts, and training no more than it should."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import twins
 from flax import nnx
 from schedules import SD, config
 
-from d2f_jax import NoiseSchedule, flow, lora, optim, sharding
+from d2f_jax import NoiseSchedule, alignment, flow, lora, objectives, optim, sharding
 from d2f_jax import step as steps
+from d2f_jax.alignment import Alignment
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
@@ -268,6 +269,51 @@ def test_prepared_batches_are_what_pictures_become(full: Setting) -> None:
     np.testing.assert_allclose(run(full, 2, batch=prepared)[1], run(full, 2, batch=PICTURES)[1], rtol=1e-6)
     without_std = {name: x for name, x in prepared.items() if name != "latent_std"}
     assert run(full, 1, batch=without_std)[1] != run(full, 1, batch=PICTURES)[1]
+
+
+@pytest.mark.parametrize("name", get_args(objectives.Name))
+@pytest.mark.parametrize("times", [flow.TimeDistribution("logit_normal", 1.5, 1e-4), flow.TimeDistribution(shift=9.0)])
+def test_every_objective_is_trained_at_the_times_that_it_names(
+    full: Setting, monkeypatch: pytest.MonkeyPatch, name: objectives.Name, times: flow.TimeDistribution
+) -> None:
+    """What the network is told of time, in a step whose loss it is: the timesteps of all examples of a batch."""
+    raw = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    objective = Objective(name, raw if name == "flow_matching" else Alignment(), times)
+
+    def told(_self: Any, x: jax.Array, tau_B: jax.Array, _text: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda tau_B: seen.append(tau_B), tau_B)
+        return jnp.zeros_like(x)
+
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", told)
+    options, schedule = (
+        dataclasses.replace(OPTIONS, objective=objective),
+        NoiseSchedule.from_config(config(SD, "epsilon")),
+    )
+    step = steps.make_train_step(full.networks, schedule, OPTIMIZER, options, ONE)
+    state, frozen = full.start(ONE)
+    for _ in range(20):
+        state, _ = step(state, frozen, BATCH)
+    jax.effects_barrier()
+    tau = np.concatenate(seen)
+    assert tau.shape == (160,)
+    rank = {"flow_matching": lambda t: t, "diffusion": lambda t: np.floor(1000 * (1 - t))}.get(
+        name, lambda t: np.asarray(alignment.diffusion_timestep(schedule, t))
+    )
+    if times.name == "logit_normal":  # so narrow that it is one time
+        np.testing.assert_allclose(
+            tau, rank(1 / (1 + np.exp(-1.5))), rtol=1e-3, atol=0.5 if name != "flow_matching" else 0
+        )
+    else:  # a tenth of them nearer to data than t = 1/2, which without a shift is half of them
+        near_data = tau > 0.5 if name == "flow_matching" else tau < rank(0.5)
+        assert near_data.mean() == pytest.approx(0.1, abs=0.08)
+
+
+def test_training_in_the_published_convention(full: Setting) -> None:
+    objective = Objective(alignment=Alignment(convention="reference"))
+    state, losses = run(full, 60, objective=objective)
+    assert int(state.skipped_steps) == 0 and np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+    assert losses[0] != pytest.approx(run(full, 1)[1][0], rel=1e-4)
 
 
 def test_training_learns(full: Setting) -> None:
