@@ -191,12 +191,13 @@ class Pipeline:
         width: int | None = None,
         noise: jax.Array | None = None,
         sampler: SamplerName | Sampler = "euler",
+        trajectory: bool = False,
     ) -> np.ndarray:
-        """Images uint8 [B, H, W, 3] for one or many prompts.
+        """Images uint8 [B, H, W, 3] for one or many prompts; with `trajectory` [B, N+1, H, W, 3], and all on the way.
 
         They are the images `first`, `first + 1`, ... of a seed; `noise` [B, H, W, C] replaces what it would start from.
         `guidance_scale=1` samples without guidance at half the cost; `negative_prompt` is one for all or one for each.
-        One program is compiled for each batch shape and serves every number of steps up to 64.
+        One program is compiled for each batch shape and serves every number of steps up to 64, but for a trajectory.
         """
         how = _sampler(sampler)
         self._require(of_pictures=False)
@@ -207,7 +208,8 @@ class Pipeline:
             noise = self.noise(seed, len(prompts), height, width, first=first)
         keys = jax.random.key_data(random_keys(seed, first + STEPS, len(prompts)))
         guidance = (guidance_scale, guidance_rescale)
-        return self._run(how, "sample", prompts, negative_prompt, noise, keys, None, num_steps, guidance)
+        direction = "trajectory" if trajectory else "sample"
+        return self._run(how, direction, prompts, negative_prompt, noise, keys, None, num_steps, guidance)
 
     def depth(
         self,
@@ -232,8 +234,6 @@ class Pipeline:
         self._require(of_pictures=True)
         if ensemble < 1:
             raise InputError(f"ensemble={ensemble}: give a whole number, 1 or more")
-        if self.task.start == "image" and how.name.startswith("ddim"):
-            raise InputError(f"sampler={how.name!r} starts at noise, this model's flow at the picture; use euler")
         height, width = images.shape[1:3]
         tall, wide = working_size(height, width, resolution, self.vae.config.downsampling)
         seen = np.repeat(resized(images, tall, wide), ensemble, axis=0)
@@ -254,10 +254,9 @@ class Pipeline:
         negative_prompt: str | Sequence[str] = "",
         sampler: SamplerName | Sampler = "euler",
     ) -> np.ndarray:
-        """The noise [B, H, W, C] from which the flow makes uint8 `images` [B, H, W, 3]: the way back in as many steps.
+        """The noise [B, H, W, C] from which `sampler` makes uint8 `images` [B, H, W, 3]: the way back in as many steps.
 
-        Only as exact as the solver, and as the VAE is in decoding what it encodes. Raises InputError for a sampler that
-        is not the flow's.
+        Only as exact as the sampler, and as the VAE is in decoding what it encodes. Raises InputError for a random one.
         """
         how = _sampler(sampler)
         self._require(of_pictures=False)
@@ -307,6 +306,8 @@ class Pipeline:
             rows = sharding.put(rows, jax.tree.map(lambda _: split, rows))
         at_noise = self.task.start == "noise"
         grid = how.grid(self.schedule, self.alignment, self.scheduler_config, num_steps, at_noise=at_noise)
+        if direction == "trajectory":  # of padding there would be nothing to show
+            grid = grid[: num_steps + 1]
         networks = (nnx.state(network) for network in (self.unet, self.vae, self.text_encoder))
         given = (*networks, self.adapters, *rows, grid, np.array(guidance, np.float32))
         return np.asarray(self._programs[kind](*given))[:count]

@@ -16,7 +16,7 @@ from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.task import Task
 
-Direction = Literal["sample", "invert"]
+Direction = Literal["sample", "trajectory", "invert"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def make_program(
 ) -> Callable[..., jax.Array]:
     """`make_latents` jitted, with latents decoded: to uint8 images [B, H, W, 3], or depth float32 [B, H, W].
 
-    Depth is from 0, near, to 1, far. What "invert" gives stays noise.
+    Depth is from 0, near, to 1, far. What "invert" gives stays noise; of a "trajectory" [B, N+1, ...] all is decoded.
     """
     compute = make_latents(model, how, direction, guided)
 
@@ -47,10 +47,16 @@ def make_program(
         latents = compute(unet_state, vae_state, *rest)
         if direction == "invert":
             return latents
-        pixels = nnx.merge(model.vae, vae_state).decode(latents / model.latent_scale).astype(jnp.float32)
-        if model.task.of_pictures:
-            return jnp.clip(jnp.mean(pixels, axis=-1) / 2 + 0.5, 0, 1)
-        return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+        def decoded(latents: jax.Array) -> jax.Array:
+            pixels = nnx.merge(model.vae, vae_state).decode(latents / model.latent_scale).astype(jnp.float32)
+            if model.task.of_pictures:
+                return jnp.clip(jnp.mean(pixels, axis=-1) / 2 + 0.5, 0, 1)
+            return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+        if direction == "trajectory":  # one point of time after another, as they would not fit together
+            return jnp.moveaxis(jax.lax.map(decoded, jnp.moveaxis(latents, 1, 0)), 0, 1)
+        return decoded(latents)
 
     # Gathered on every device, so that every process has all images.
     return jax.jit(program, out_shardings=None if mesh is None else sharding.replicated(mesh))
@@ -58,6 +64,8 @@ def make_program(
 
 def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
     """Parameters, token ids, noise, keys, grid and guidance to latents as the UNet sees them; "invert" images to noise.
+
+    Of a "trajectory" they are [B, N+1, H, W, C], the flow's states at all points of the grid.
 
     `(unet, vae, text_encoder, adapters, ids_BxL, negative_BxL, start, keys_Bx2, pictures, grid, (scale, rescale))`;
     parameters are states, `pictures` uint8 [B, H, W, 3] what depth is made of, else None.
@@ -85,12 +93,22 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
             return sampling.guided(*jnp.split(both, 2), scale=guidance[0], rescale=guidance[1])
 
         if direction == "invert":
-            return how.invert(model.schedule, model.alignment, predict, encode(start), grid)
+            return how.invert(
+                model.schedule,
+                model.alignment,
+                predict,
+                encode(start),
+                grid,
+                set_alpha_to_one=model.set_alpha_to_one,
+            )
+        source = model.task.source(start, picture)
+        if direction == "trajectory":
+            return how.trajectory(model.schedule, model.alignment, predict, source, grid)
         return how.sample(
             model.schedule,
             model.alignment,
             predict,
-            model.task.source(start, picture),
+            source,
             grid,
             set_alpha_to_one=model.set_alpha_to_one,
             keys_B=jax.random.wrap_key_data(keys),

@@ -17,7 +17,8 @@ from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.data.sources import read_image
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
-from d2f_jax.sampler import Sampler, SamplerName
+from d2f_jax.sampler import Begin, Sampler, SamplerName
+from d2f_jax.sampling import Spacing
 from d2f_jax.sde import SDE, Form, LastStep
 from d2f_jax.subjects import shown
 
@@ -39,6 +40,13 @@ _SAMPLER = flags.DEFINE_enum(
 )
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "Steps of the sampler.", lower_bound=1)
 _SHIFT = flags.DEFINE_float("shift", 1.0, "Above 1: flow steps denser near noise.", lower_bound=1e-3)
+_BEGIN = flags.DEFINE_enum(
+    "begin",
+    "last_timestep",
+    get_args(Begin),
+    "The first flow time: the last diffusion timestep's, or zero, as the paper's published code samples.",
+)
+_SPACING = flags.DEFINE_enum("spacing", None, get_args(Spacing), "Of ddim's timesteps; the model's own by default.")
 _ETA = flags.DEFINE_float("eta", 0.0, "DDIM's share of new noise: 0 deterministic, 1 DDPM.", 0.0, 1.0)
 _SDE_FORM = flags.DEFINE_enum("sde_form", "sigma", get_args(Form), "How the noise of sde_ samplers depends on time.")
 _SDE_NORM = flags.DEFINE_float("sde_norm", 1.0, "How much of it.", lower_bound=0.0)
@@ -74,6 +82,8 @@ def main() -> None:
     sampler = Sampler(
         name=cast(SamplerName, _SAMPLER.value),
         shift=_SHIFT.value,
+        begin=cast(Begin, _BEGIN.value),
+        spacing=cast(Spacing | None, _SPACING.value),
         eta=_ETA.value,
         sde=SDE(
             form=cast(Form, _SDE_FORM.value),

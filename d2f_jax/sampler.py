@@ -7,17 +7,19 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from d2f_jax import alignment, sampling, sde
 from d2f_jax.alignment import Alignment
 from d2f_jax.errors import InputError
-from d2f_jax.sampling import Predict
+from d2f_jax.sampling import Predict, Spacing
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.sde import SDE
 
 SamplerName = Literal[
     "euler", "heun", "midpoint", "rk4", "dopri5", "sde_euler", "sde_heun", "ddim", "ddim_on_flow_grid"
 ]
+Begin = Literal["last_timestep", "zero"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,19 @@ class Sampler:
     - "euler", "heun", "midpoint", "rk4": steps in flow time, of 1, 2, 2 and 4 evaluations of the network.
     - "dopri5": as many steps as `rtol` and `atol` ask for.
     - "sde_euler", "sde_heun": random steps in flow time, as `sde` has them.
-    - "ddim": the checkpoint's own timesteps, for a diffusion model as it came; with `eta=1` it is DDPM.
+    - "ddim": the checkpoint's own timesteps, for a diffusion model as it came; with `eta=1` it is DDPM, whose last step
+      always goes to data.
     - "ddim_on_flow_grid": the flow grid's timesteps, which gives the samples of "euler".
 
-    `shift` above 1 makes the flow's steps denser near noise. Raises InputError for what does not go together.
+    `shift` above 1 makes the flow's steps denser near noise. They `begin` at the last diffusion timestep's flow time,
+    before which an aligned flow knows nothing, or at "zero", as the paper's published code has them. The `spacing` of
+    ddim's timesteps is the checkpoint's own if None. Raises InputError for what does not go together.
     """
 
     name: SamplerName = "euler"
     shift: float = 1.0
+    begin: Begin = "last_timestep"
+    spacing: Spacing | None = None
     eta: float = 0.0
     sde: SDE = dataclasses.field(default_factory=SDE)
     rtol: float = 1e-3
@@ -43,7 +50,13 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.name not in get_args(SamplerName):
             raise InputError(f"sampler={self.name!r} is not one of {', '.join(get_args(SamplerName))}")
-        if self.eta and not self.name.startswith("ddim"):
+        if self.begin not in get_args(Begin):
+            raise InputError(f"begin={self.begin!r} is not one of {', '.join(get_args(Begin))}")
+        if self.begin == "zero" and self.is_ddim:
+            raise InputError(f"begin='zero' is of steps in flow time, not of sampler={self.name!r}; use euler")
+        if self.spacing is not None and self.name != "ddim":
+            raise InputError(f"spacing={self.spacing!r} is ddim's, not of sampler={self.name!r}; use ddim, or shift")
+        if self.eta and not self.is_ddim:
             raise InputError(f"eta={self.eta} is DDIM's, not of sampler={self.name!r}; use ddim or an sde_ sampler")
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta={self.eta} is not between 0, deterministic, and 1, DDPM")
@@ -53,9 +66,23 @@ class Sampler:
             raise InputError(f"shift={self.shift} is of flow time, and ddim has its own; use ddim_on_flow_grid")
 
     @property
+    def is_ddim(self) -> bool:
+        return self.name in ("ddim", "ddim_on_flow_grid")
+
+    @property
     def compiled_for(self) -> "Sampler":
-        """What the program depends on: the shift is in the grid that it is given."""
-        return dataclasses.replace(self, shift=1.0)
+        """What the program depends on: the rest is in the grid that it is given."""
+        return dataclasses.replace(self, shift=1.0, begin="last_timestep", spacing=None)
+
+    def check(self, how: Alignment, *, at_noise: bool = True) -> None:
+        """Raises InputError for DDIM of a flow without a diffusion model's states: not aligned, or not from noise."""
+        if self.is_ddim and not at_noise:
+            raise InputError(f"sampler={self.name!r} starts at noise, this model's flow at the picture; use euler")
+        if self.is_ddim and not how.complete:
+            raise InputError(
+                f"sampler={self.name!r} is of diffusion models and of flows aligned with them, and this model's flow "
+                "is not; use euler"
+            )
 
     def grid(
         self,
@@ -68,10 +95,13 @@ class Sampler:
     ) -> np.ndarray:
         """Flow times, or DDIM's timesteps, float32; padded so that one program serves many numbers of steps.
 
-        A flow that does not start `at_noise` has no diffusion model's first state, and begins at 0.
+        A flow that does not start `at_noise` has no diffusion model's first state, and begins at 0. Raises InputError
+        as `check`, and for a number of steps that the sampler cannot take.
         """
+        self.check(how, at_noise=at_noise)
         length = max(64, 1 << (num_steps - 1).bit_length())
-        flow_grid = sampling.flow_grid(schedule, num_steps, shift=self.shift, aligned=how.complete and at_noise)
+        late = how.complete and at_noise and self.begin == "last_timestep"
+        flow_grid = sampling.flow_grid(schedule, num_steps, shift=self.shift, aligned=late)
         match self.name:
             case "dopri5":
                 return flow_grid[[0, -1]]
@@ -82,7 +112,7 @@ class Sampler:
                 timesteps = sampling.ddim_timesteps(
                     schedule.num_train_timesteps,
                     num_steps,
-                    scheduler_config.get("timestep_spacing", "leading"),
+                    self.spacing or scheduler_config.get("timestep_spacing", "leading"),
                     scheduler_config.get("steps_offset", 0),
                 )
                 return sampling.pad_timesteps(timesteps, length)
@@ -108,9 +138,7 @@ class Sampler:
         `set_alpha_to_one` is DDIM's: whether its last step goes to no noise at all or to the first timestep's.
         """
         if self.name in ("ddim", "ddim_on_flow_grid"):
-            to_data = set_alpha_to_one or self.name == "ddim_on_flow_grid"
-            final = 1.0 if to_data else schedule.alphas_cumprod[0]
-            keys = keys_B if self.eta else None
+            final, keys = self._final(schedule, set_alpha_to_one), keys_B if self.eta else None
             return sampling.ddim(schedule, predict, noise, grid, final, eta=self.eta, keys_B=keys)
         field = alignment.velocity_field(schedule, predict, how)
         x = sampling.from_noise(noise, grid[0])
@@ -123,13 +151,41 @@ class Sampler:
             case "euler" | "heun" | "midpoint" | "rk4":
                 return sampling.solve(field, x, grid, self.name)
 
-    def invert(
-        self, schedule: NoiseSchedule, how: Alignment, predict: Predict, data: jax.Array, grid: jax.Array
+    def trajectory(
+        self, schedule: NoiseSchedule, how: Alignment, predict: Predict, noise: jax.Array, grid: jax.Array
     ) -> jax.Array:
-        """The noise that the flow turns into `data` [B, ...], by the same steps backwards.
+        """The flow's states [B, N+1, ...] on the way from `noise` [B, ...], of which `sample` gives the last.
 
-        Raises InputError for a sampler that does not follow the flow.
+        Raises InputError for a sampler that takes no steps of its own along the flow.
         """
+        field, x = alignment.velocity_field(schedule, predict, how), sampling.from_noise(noise, grid[0])
+        match self.name:
+            case "euler" | "heun" | "midpoint" | "rk4":
+                return jnp.moveaxis(sampling.trajectory(field, x, grid, self.name), 0, 1)
+            case name:
+                raise InputError(f"sampler={name!r} tells no trajectory; use euler, heun, midpoint or rk4")
+
+    def invert(
+        self,
+        schedule: NoiseSchedule,
+        how: Alignment,
+        predict: Predict,
+        data: jax.Array,
+        grid: jax.Array,
+        *,
+        set_alpha_to_one: bool,
+    ) -> jax.Array:
+        """The noise that is turned into `data` [B, ...], by the same steps backwards; DDIM's are `ddim_inverse`'s.
+
+        Raises InputError for a random sampler, and for DDIM's where data without noise would have to tell its noise.
+        """
+        if self.is_ddim and not self.eta:
+            if schedule.prediction_type == "sample" and self._ends_at_data(set_alpha_to_one):
+                raise InputError(
+                    f"sampler={self.name!r} cannot invert prediction_type='sample', which tells no noise of data; use "
+                    "euler"
+                )
+            return sampling.ddim_inverse(schedule, predict, data, grid, self._final(schedule, set_alpha_to_one))
         field = alignment.velocity_field(schedule, predict, how)
         match self.name:
             case "euler" | "heun" | "midpoint" | "rk4":
@@ -137,5 +193,17 @@ class Sampler:
             case "dopri5":
                 x = sampling.solve_adaptive(field, data, grid[-1], grid[0], rtol=self.rtol, atol=self.atol)
             case name:
-                raise InputError(f"sampler={name!r} has no way back; invert with euler, heun, midpoint, rk4 or dopri5")
+                eta = f" with eta={self.eta}" if self.eta else ""
+                raise InputError(
+                    f"sampler={name!r}{eta} is random and has no way back; invert with euler, heun, midpoint, rk4, "
+                    "dopri5 or ddim"
+                )
         return sampling.to_noise(x, jnp.asarray(grid)[0])
+
+    def _ends_at_data(self, set_alpha_to_one: bool) -> bool:
+        """DDIM's steps on the flow's grid and DDPM's do, whatever a scheduler says."""
+        return set_alpha_to_one or self.name == "ddim_on_flow_grid" or self.eta == 1
+
+    def _final(self, schedule: NoiseSchedule, set_alpha_to_one: bool) -> ArrayLike:
+        """The signal power at DDIM's end."""
+        return 1.0 if self._ends_at_data(set_alpha_to_one) else schedule.alphas_cumprod[0]

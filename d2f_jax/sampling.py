@@ -21,7 +21,7 @@ from d2f_jax.schedule import NoiseSchedule
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, scalar t) -> velocity
 Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x_tau, scalar tau) -> the diffusion network's prediction
 Solver = Literal["euler", "heun", "midpoint", "rk4"]
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "quad"]
 
 
 class Tableau(NamedTuple):
@@ -81,8 +81,26 @@ def solve(velocity: Velocity, x: jax.Array, grid: jax.Array, solver: Solver = "e
 
     The network is compiled once, whatever the solver; it is evaluated as often as a step has stages.
     """
-    grid, tableau = jnp.asarray(grid, jnp.float32), TABLEAUS[solver]
-    a, b, c = map(jnp.asarray, tableau)
+    grid = jnp.asarray(grid, jnp.float32)
+    step = _runge_kutta(velocity, grid, solver)
+    return jax.lax.fori_loop(0, jnp.sum(grid[1:] != grid[:-1]), step, jnp.asarray(x, jnp.float32))
+
+
+def trajectory(velocity: Velocity, x: jax.Array, grid: jax.Array, solver: Solver = "euler") -> jax.Array:
+    """The states float32 [N+1, ...] at all points of `grid`, of which `solve` gives the last."""
+    grid, x = jnp.asarray(grid, jnp.float32), jnp.asarray(x, jnp.float32)
+    step = _runge_kutta(velocity, grid, solver)
+
+    def keep(i: jax.Array, states: jax.Array) -> jax.Array:
+        return states.at[i + 1].set(step(i, states[i]))
+
+    states = jnp.zeros((len(grid), *x.shape), jnp.float32).at[0].set(x)
+    return jax.lax.fori_loop(0, len(grid) - 1, keep, states)
+
+
+def _runge_kutta(velocity: Velocity, grid: jax.Array, solver: Solver) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`step(i, x)` goes from `grid[i]` to the next point."""
+    a, b, c = map(jnp.asarray, TABLEAUS[solver])
 
     def weighed(weights: jax.Array, slopes: jax.Array) -> jax.Array:
         # Not a dot product, which TPUs would round to bfloat16.
@@ -94,12 +112,12 @@ def solve(velocity: Velocity, x: jax.Array, grid: jax.Array, solver: Solver = "e
         def stage(j: jax.Array, slopes: jax.Array) -> jax.Array:
             return slopes.at[j].set(velocity(x + h * weighed(a[j], slopes), t + c[j] * h))
 
-        if len(tableau.c) == 1:
+        if len(c) == 1:
             return x + h * velocity(x, t)
-        slopes = jax.lax.fori_loop(0, len(tableau.c), stage, jnp.zeros((len(tableau.c), *x.shape), jnp.float32))
+        slopes = jax.lax.fori_loop(0, len(c), stage, jnp.zeros((len(c), *x.shape), jnp.float32))
         return x + h * weighed(b, slopes)
 
-    return jax.lax.fori_loop(0, jnp.sum(grid[1:] != grid[:-1]), step, jnp.asarray(x, jnp.float32))
+    return step
 
 
 def solve_adaptive(
@@ -135,18 +153,26 @@ def diffusers_sigmas(grid: np.ndarray) -> list[float]:
 def ddim_timesteps(
     num_train_timesteps: int, num_steps: int, spacing: Spacing = "leading", steps_offset: int = 0
 ) -> np.ndarray:
-    """diffusers' DDIM timesteps, float32 [N], falling. Raises InputError for more steps than timesteps."""
+    """diffusers' DDIM timesteps, float32 [N], falling; "quad" are those of DDIM's authors, denser near data.
+
+    `steps_offset` moves "leading" and "quad" up, but none beyond the last that the network knows: as many steps as
+    there are timesteps are all of them, where diffusers reads past the end. Raises InputError for more steps than that.
+    """
     if not 1 <= num_steps <= num_train_timesteps:
         raise InputError(f"num_steps={num_steps}: DDIM takes 1 to {num_train_timesteps}, the schedule's timesteps")
     match spacing:
         case "leading":
-            steps = np.arange(num_steps) * (num_train_timesteps // num_steps) + steps_offset
+            steps = np.arange(num_steps) * (num_train_timesteps // num_steps)
         case "trailing":
             steps = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps))[::-1] - 1
         case "linspace":
             steps = np.linspace(0, num_train_timesteps - 1, num_steps).round()
+        case "quad":  # up to four fifths of the way, as published
+            steps = np.floor(np.linspace(0, np.sqrt(0.8 * num_train_timesteps), num_steps) ** 2)
         case unknown:
             raise InputError(f"timestep_spacing={unknown!r} is not one of {', '.join(get_args(Spacing))}")
+    if spacing in ("leading", "quad"):
+        steps = steps + min(steps_offset, num_train_timesteps - 1 - steps[-1])
     return steps[::-1].astype(np.float32)
 
 
@@ -173,24 +199,11 @@ def ddim(
     the textbook's, written for the diffusion state, so that agreement with `solve` is a test of both.
     """
     timesteps = jnp.asarray(timesteps, jnp.float32)
-    count = jnp.sum(timesteps >= 0)
-    t = alignment.flow_time(schedule, timesteps)
-    s = 1 / jnp.sqrt(t**2 + (1 - t) ** 2)
-    final = jnp.asarray(final_alpha_cumprod, jnp.float32)
-    alphas = jnp.append(t * s, 0.0).at[count].set(jnp.sqrt(final))
-    sigmas = jnp.append((1 - t) * s, 0.0).at[count].set(jnp.sqrt(1 - final))
+    count, alphas, sigmas = _levels(schedule, timesteps, final_alpha_cumprod)
 
     def step(i: jax.Array, x: jax.Array) -> jax.Array:
-        prediction = predict(x, timesteps[i]).astype(jnp.float32)
-        alpha, sigma = alphas[i], sigmas[i]
-        match schedule.prediction_type:
-            case "epsilon":
-                data, noise = (x - sigma * prediction) / alpha, prediction
-            case "v_prediction":
-                data, noise = alpha * x - sigma * prediction, alpha * prediction + sigma * x
-            case "sample":
-                data, noise = prediction, (x - alpha * prediction) / sigma
-        next_alpha, next_sigma = alphas[i + 1], sigmas[i + 1]
+        data, noise = _data_and_noise(schedule, predict(x, timesteps[i]), x, alphas[i], sigmas[i])
+        sigma, next_alpha, next_sigma = sigmas[i], alphas[i + 1], sigmas[i + 1]
         if keys_B is None:
             return next_alpha * data + next_sigma * noise
         fresh = eta * next_sigma / sigma * jnp.sqrt(jnp.maximum(sigma**2 - next_sigma**2, 0)) / next_alpha
@@ -198,6 +211,51 @@ def ddim(
         return next_alpha * data + kept * noise + fresh * step_noise(keys_B, i, x.shape[1:])
 
     return jax.lax.fori_loop(0, count, step, jnp.asarray(x, jnp.float32))
+
+
+def ddim_inverse(
+    schedule: NoiseSchedule, predict: Predict, x: jax.Array, timesteps: jax.Array, final_alpha_cumprod: ArrayLike
+) -> jax.Array:
+    """From data to the noise that `ddim` makes it of, to first order: its steps backwards, with the same arguments.
+
+    A step takes the prediction at the timestep that it goes to for that of the state that it comes from, as diffusers'
+    `DDIMInverseScheduler` and the paper's published code do. Of "sample" predictions the final power is less than 1.
+    """
+    timesteps = jnp.asarray(timesteps, jnp.float32)
+    count, alphas, sigmas = _levels(schedule, timesteps, final_alpha_cumprod)
+
+    def step(k: jax.Array, x: jax.Array) -> jax.Array:
+        i = count - 1 - k
+        data, noise = _data_and_noise(schedule, predict(x, timesteps[i]), x, alphas[i + 1], sigmas[i + 1])
+        return alphas[i] * data + sigmas[i] * noise
+
+    return jax.lax.fori_loop(0, count, step, jnp.asarray(x, jnp.float32))
+
+
+def _levels(
+    schedule: NoiseSchedule, timesteps: jax.Array, final_alpha_cumprod: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How many of `timesteps` [N] count, and alpha and sigma [N+1] at each of these and where the last step ends."""
+    count = jnp.sum(timesteps >= 0)
+    t = alignment.flow_time(schedule, timesteps)
+    s = 1 / jnp.sqrt(t**2 + (1 - t) ** 2)
+    final = jnp.asarray(final_alpha_cumprod, jnp.float32)
+    alphas = jnp.append(t * s, 0.0).at[count].set(jnp.sqrt(final))
+    return count, alphas, jnp.append((1 - t) * s, 0.0).at[count].set(jnp.sqrt(1 - final))
+
+
+def _data_and_noise(
+    schedule: NoiseSchedule, prediction: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a prediction at the diffusion state `x` takes for its data and its noise, float32."""
+    prediction = prediction.astype(jnp.float32)
+    match schedule.prediction_type:
+        case "epsilon":
+            return (x - sigma * prediction) / alpha, prediction
+        case "v_prediction":
+            return alpha * x - sigma * prediction, alpha * prediction + sigma * x
+        case "sample":
+            return prediction, (x - alpha * prediction) / sigma
 
 
 def step_noise(keys_B: jax.Array, step: ArrayLike, shape: tuple[int, ...]) -> jax.Array:

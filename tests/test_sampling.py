@@ -1,5 +1,8 @@
 """Euler steps in flow time are DDIM, both are what diffusers computes, and solvers have the order they should."""
 
+import itertools
+from typing import get_args
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.schedulers import scheduling_ddpm
 from schedules import SD, ZERO_SNR, config
 
-from d2f_jax import NoiseSchedule, alignment, sampling
+from d2f_jax import InputError, NoiseSchedule, alignment, sampling, sde
+from d2f_jax.alignment import ALIGNED, Alignment
+from d2f_jax.sampler import Sampler, SamplerName
+from d2f_jax.sde import SDE
 
 
 def network(x, tau):
@@ -29,6 +35,7 @@ def velocity_of(schedule: NoiseSchedule):
 
 
 NOISE = np.asarray(jax.random.normal(jax.random.key(0), (2, 4, 4, 3)))
+KEYS = jax.random.split(jax.random.key(5), 2)
 
 
 def flow_samples(schedule: NoiseSchedule, grid: np.ndarray) -> np.ndarray:
@@ -101,6 +108,21 @@ def test_ddim_is_that_of_diffusers(kind: str, spacing: sampling.Spacing, to_one:
     assert_close(np.asarray(sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, final)), x.numpy())
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_all_timesteps_are_those_that_the_network_knows(offset: int) -> None:
+    """diffusers' own list of them begins, with Stable Diffusion's offset, at 1000, where its table has no entry."""
+    np.testing.assert_array_equal(sampling.ddim_timesteps(1000, 1000, "leading", offset), np.arange(999.0, -1, -1))
+    np.testing.assert_array_equal(
+        sampling.ddim_timesteps(1000, 500, "leading", offset), np.arange(998.0, -1, -2) + offset
+    )
+
+
+def test_quadratic_timesteps_are_the_published_ones() -> None:
+    # The squares of ten even steps to sqrt(800), rounded down, and 1.
+    assert sampling.ddim_timesteps(1000, 10, "quad", 1).tolist() == [800 * k * k // 81 + 1 for k in range(9, -1, -1)]
+    assert sampling.ddim_timesteps(4, 2, "quad", 1).tolist() == [3, 0]  # nor do these go past the end
+
+
 def test_padding_changes_nothing() -> None:
     schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
     grid = sampling.flow_grid(schedule, 6)
@@ -111,6 +133,41 @@ def test_padding_changes_nothing() -> None:
         sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, 1.0),
         sampling.ddim(schedule, network, jnp.asarray(NOISE), padded, 1.0),
     )
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_inverted_ddim_is_that_of_diffusers(kind: str, spacing: sampling.Spacing, to_one: bool) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, kind))
+    settings = {"timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    theirs = diffusers.DDIMInverseScheduler(**config(SD, kind), clip_sample=False, set_alpha_to_one=to_one, **settings)
+    theirs.set_timesteps(8)
+    x = torch.tensor(NOISE)
+    for tau in theirs.timesteps:
+        x = theirs.step(network(x, tau), tau, x).prev_sample
+    sampler = Sampler("ddim")
+    grid = sampler.grid(schedule, ALIGNED, settings, 8)
+    if kind == "sample" and to_one:  # diffusers divides by the noise that data does not have
+        assert not np.isfinite(x).any()
+        with pytest.raises(InputError, match="cannot invert prediction_type='sample'"):
+            sampler.invert(schedule, ALIGNED, network, jnp.asarray(NOISE), grid, set_alpha_to_one=to_one)
+    else:
+        ours = sampler.invert(schedule, ALIGNED, network, jnp.asarray(NOISE), grid, set_alpha_to_one=to_one)
+        assert_close(np.asarray(ours), x.numpy())
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddim_on_flow_grid"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_ddim_finds_the_noise_that_it_made_a_sample_of(kind: str, name: str) -> None:
+    schedule, sampler = NoiseSchedule.from_config(config(SD, kind)), Sampler(name)
+    off = []
+    for num_steps in (50, 200):
+        grid = sampler.grid(schedule, ALIGNED, {"steps_offset": 1}, num_steps)
+        data = sampler.sample(schedule, ALIGNED, network, jnp.asarray(NOISE), grid, set_alpha_to_one=False, keys_B=KEYS)
+        noise = sampler.invert(schedule, ALIGNED, network, data, grid, set_alpha_to_one=False)
+        off.append(np.abs(noise - NOISE).mean())
+    assert off[1] / off[0] == pytest.approx(1 / 4, abs=0.1)  # of first order
 
 
 def swirl(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -136,6 +193,38 @@ def test_solvers_have_their_order_in_both_directions(solver: sampling.Solver, ex
     solve = jax.jit(lambda x, grid: sampling.solve(swirl, x, grid, solver))
     errors = [np.abs(solve(NOISE, np.linspace(*ends, n + 1, dtype=np.float32)) - truth).mean() for n in steps]
     assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(expected, abs=0.25)
+
+
+@pytest.mark.parametrize("solver", sampling.TABLEAUS)
+def test_a_trajectory_is_the_states_at_all_points(solver: sampling.Solver) -> None:
+    grid = jnp.array([0.1, 0.25, 0.5, 0.6, 1.0])
+    states = sampling.trajectory(swirl, jnp.asarray(NOISE), grid, solver)
+    assert states.shape == (5, *NOISE.shape)
+    for i in range(5):
+        np.testing.assert_allclose(states[i], sampling.solve(swirl, NOISE, grid[: i + 1], solver), rtol=1e-6, atol=1e-6)
+
+
+def test_adaptive_steps_are_as_many_as_the_tolerance_asks() -> None:
+    """Of fifth order: a tolerance 1000 times smaller takes about four times the steps."""
+    evaluations = []
+
+    def turning(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: evaluations.append(t), t)
+        return 30 * jnp.stack([-x[..., 1], x[..., 0]], axis=-1)
+
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    schedule, x = NoiseSchedule.from_config(config(SD, "epsilon")), jnp.array([[1.0, 0.0]])
+    errors, counts, tolerances = [], [], np.array([1e-2, 1e-3, 1e-4, 1e-5])
+    for tolerance in tolerances:
+        sampler = Sampler("dopri5", rtol=tolerance, atol=tolerance)
+        evaluations.clear()
+        grid = sampler.grid(schedule, naive, {}, 4)
+        end = sampler.sample(schedule, naive, turning, x, grid, set_alpha_to_one=True, keys_B=KEYS[:1])
+        jax.effects_barrier()
+        errors.append(np.abs(end[0] - np.array([np.cos(30), np.sin(30)])).max())
+        counts.append(len(evaluations))
+    assert all(3 * finer < coarser for coarser, finer in itertools.pairwise(errors)) and errors[-1] < 1e-3
+    assert -np.polyfit(np.log(tolerances), np.log(counts), 1)[0] == pytest.approx(1 / 5, abs=0.05)
 
 
 def test_adaptive_steps_meet_their_tolerance() -> None:
@@ -176,9 +265,6 @@ def test_one_step_with_the_true_velocity_is_exact() -> None:
         np.testing.assert_allclose(x, data, atol=1e-6)
 
 
-KEYS = jax.random.split(jax.random.key(5), 2)
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_ddim_with_noise_is_that_of_diffusers(kind: str, eta: float) -> None:
@@ -194,18 +280,97 @@ def test_ddim_with_noise_is_that_of_diffusers(kind: str, eta: float) -> None:
     assert_close(np.asarray(ours), x.numpy(), tolerance=2e-5)
 
 
-def test_ddim_with_all_noise_is_ddpm(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
-    theirs = diffusers.DDPMScheduler(**config(SD, "epsilon"), clip_sample=False, steps_offset=0)
-    theirs.set_timesteps(20)
-    drawn = [torch.tensor(np.asarray(sampling.step_noise(KEYS, i, NOISE.shape[1:]))) for i in range(20)]
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: drawn.pop(0))
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("num_steps", [20, 1000])
+def test_ddim_with_all_noise_is_ddpm(monkeypatch: pytest.MonkeyPatch, num_steps: int, kind: str) -> None:
+    """By name, with the scheduler's config that comes with Stable Diffusion, whose DDIM keeps some noise at the end."""
+    schedule, settings = NoiseSchedule.from_config(config(SD, kind)), {"steps_offset": 1}
+    theirs = diffusers.DDPMScheduler(**config(SD, kind), clip_sample=False, steps_offset=int(num_steps < 1000))
+    theirs.set_timesteps(num_steps)
+    drawn = np.array(jax.vmap(lambda i: sampling.step_noise(KEYS, i, NOISE.shape[1:]))(jnp.arange(num_steps)))
+    left = iter(torch.tensor(drawn))
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(left))
     x = torch.tensor(NOISE)
     for tau in theirs.timesteps:
         x = theirs.step(network(x, tau), tau, x).prev_sample
-    timesteps = sampling.ddim_timesteps(1000, 20)
-    ours = sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, 1.0, eta=1.0, keys_B=KEYS)
-    assert_close(np.asarray(ours), x.numpy(), tolerance=1e-4)
+    sampler = Sampler("ddim", eta=1.0)
+    grid = sampler.grid(schedule, ALIGNED, settings, num_steps)
+    ours = sampler.sample(schedule, ALIGNED, network, jnp.asarray(NOISE), grid, set_alpha_to_one=False, keys_B=KEYS)
+    assert_close(np.asarray(ours), x.numpy(), tolerance=1e-3 if num_steps == 1000 else 1e-4)  # float32 adds up
+
+
+@pytest.mark.parametrize("base", [SD, ZERO_SNR], ids=["sd", "zero-snr"])
+def test_the_published_sampler_begins_at_zero(base: dict) -> None:
+    schedule = NoiseSchedule.from_config(config(base, "v_prediction"))
+    how, sampler = Alignment(convention="reference"), Sampler("euler", begin="zero")
+    field = alignment.velocity_field(schedule, network, how)
+    x = jnp.asarray(NOISE)
+    for i in range(5):
+        x += field(x, jnp.float32(i / 5)) / 5
+    grid = sampler.grid(schedule, how, {}, 5)
+    ours = sampler.sample(schedule, how, network, jnp.asarray(NOISE), grid, set_alpha_to_one=True, keys_B=KEYS)
+    assert_close(np.asarray(ours), np.asarray(x))
+    assert grid[0] == 0 and sampler.compiled_for == Sampler("euler")
+
+
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_samplers_walk_the_grid_that_they_are_asked_for(name: SamplerName) -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    shift = 1.0 if name == "ddim" else 3.0
+    ours = Sampler(name, shift=shift).grid(schedule, ALIGNED, {"timestep_spacing": "trailing"}, 6)
+    flow_grid = sampling.flow_grid(schedule, 6, shift=shift)
+    match name:
+        case "ddim":
+            expected = sampling.ddim_timesteps(1000, 6, "trailing")
+            quad = Sampler(name, spacing="quad").grid(schedule, ALIGNED, {"timestep_spacing": "trailing"}, 6)
+            np.testing.assert_array_equal(quad[:6], sampling.ddim_timesteps(1000, 6, "quad"))
+        case "ddim_on_flow_grid":
+            expected = alignment.diffusion_timestep(schedule, flow_grid[:-1])
+        case "sde_euler" | "sde_heun":
+            expected = sde.grid(SDE(), float(flow_grid[0]), 6, shift)
+        case "dopri5":
+            expected = flow_grid[[0, -1]]
+        case _:
+            expected = flow_grid
+    np.testing.assert_array_equal(ours[: len(expected)], expected)
+    assert len(np.unique(ours[len(expected) :])) <= 1  # padding, of which no step is made
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddim_on_flow_grid"])
+@pytest.mark.parametrize("missing", ["timestep", "state", "velocity"])
+def test_ddim_is_refused_to_a_flow_that_is_not_aligned(name: SamplerName, missing: str) -> None:
+    schedule, how = NoiseSchedule.from_config(config(SD, "epsilon")), Alignment(**{missing: False})
+    with pytest.raises(
+        InputError, match=f"sampler='{name}' is of diffusion models and of flows aligned with them, and"
+    ):
+        Sampler(name).grid(schedule, how, {}, 4)
+    with pytest.raises(InputError, match=f"sampler='{name}' starts at noise, this model's flow at the picture"):
+        Sampler(name).grid(schedule, ALIGNED, {}, 4, at_noise=False)
+    Sampler(name).check(ALIGNED)
+    Sampler("heun").check(how, at_noise=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"begin": "one"}, "begin='one' is not one of last_timestep, zero"),
+        ({"begin": "zero", "name": "ddim"}, "begin='zero' is of steps in flow time, not of sampler='ddim'"),
+        ({"begin": "zero", "name": "ddim_on_flow_grid"}, "not of sampler='ddim_on_flow_grid'"),
+        ({"spacing": "quad", "name": "euler"}, "spacing='quad' is ddim's, not of sampler='euler'"),
+        ({"eta": 1.0}, "eta=1.0 is DDIM's"),
+        ({"shift": 2.0, "name": "ddim"}, "shift=2.0 is of flow time"),
+    ],
+)
+def test_options_of_other_samplers_are_refused(options: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Sampler(**options)
+
+
+def test_random_samplers_have_no_way_back() -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    for sampler, said in ((Sampler("sde_heun"), "'sde_heun' is random"), (Sampler("ddim", eta=0.5), "eta=0.5 is rand")):
+        with pytest.raises(InputError, match=said):
+            sampler.invert(schedule, ALIGNED, network, NOISE, np.array([0.1, 1.0]), set_alpha_to_one=True)
 
 
 def test_guidance_is_rescaled_as_in_diffusers() -> None:

@@ -18,17 +18,9 @@ SHOWN = 4  # pictures of a strip
 BATCH = 64  # pictures drawn at once
 
 
-@dataclasses.dataclass(frozen=True)
-class FromPureNoise(Sampler):
-    """Steps that begin at t = 0, before the last diffusion timestep's flow time, as the published code has them."""
-
-    def grid(self, *args: Any, **options: Any) -> np.ndarray:
-        return super().grid(*args, **options | {"at_noise": False})
-
-
 SAMPLERS = {
     "Euler": Sampler("euler"),
-    "Euler from t = 0": FromPureNoise("euler"),
+    "Euler from t = 0": Sampler("euler", begin="zero"),  # as the published code has them
     "Heun": Sampler("heun"),
     "DDIM": Sampler("ddim"),
     "DDIM on the flow grid": Sampler("ddim_on_flow_grid"),
