@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2f_jax import weights
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.schedule import betas_of
@@ -53,6 +54,16 @@ def recorded_alignment(scheduler_config: Mapping[str, Any]) -> Alignment:
 def recorded_task(scheduler_config: Mapping[str, Any], inputs: float) -> Task:
     """What an export says of its task; of other checkpoints those of two `inputs` make depth, as Marigold's do."""
     return _recorded(scheduler_config, _TASK, Task, Task("image_to_depth") if inputs == 2 else TEXT_TO_IMAGE)
+
+
+def recorded_resolution(path_or_hub_id: str | Path, revision: str | None) -> int | None:
+    """Pixels of the longer side at which a pipeline of depth says to estimate it; None if it does not say."""
+    pixels = weights.load_model_index(path_or_hub_id, revision=revision).get("default_processing_resolution")
+    if pixels is not None and not (isinstance(pixels, int) and pixels >= 0):
+        raise InputError(
+            f"{path_or_hub_id}: model_index.json has default_processing_resolution={pixels!r}; give a number of pixels"
+        )
+    return pixels
 
 
 def _recorded(scheduler_config: Mapping[str, Any], key: str, kind: Callable[..., Any], default: Any) -> Any:

@@ -62,8 +62,8 @@ class Pipeline:
 
         `alignment` says what the flow takes over from the diffusion model: all of it, exactly, unless our own export
         says otherwise; `Alignment(convention="reference")` is for checkpoints finetuned with the paper's published
-        code. A UNet of two latents side by side makes depth, as Marigold's do. Raises InputError for whatever is
-        missing, damaged or does not belong together.
+        code. A UNet of two latents side by side makes depth, as Marigold's do, at the resolution that they record.
+        Raises InputError for whatever is missing, damaged or does not belong together.
         """
         options = {"variant": variant, "revision": revision, "dtype": dtype}
         scheduler_config = weights.load_scheduler_config(path_or_hub_id, revision=revision)
@@ -72,6 +72,10 @@ class Pipeline:
         text_encoder = weights.load_text_encoder(path_or_hub_id, **options)
         tokenizer = weights.load_tokenizer(path_or_hub_id, revision=revision)
         recorded = task_of(path_or_hub_id, scheduler_config, unet, vae, text_encoder)
+        if recorded.of_pictures and (pixels := export.recorded_resolution(path_or_hub_id, revision)):
+            side = round(pixels / vae.config.downsampling)
+            if side != max(unet.config.sample_shape or (0,)):
+                unet.config = dataclasses.replace(unet.config, sample_size=side)
         if tokenizer.model_max_length > (length := text_encoder.config.max_position_embeddings):
             raise InputError(
                 f"{path_or_hub_id}: the tokenizer makes {tokenizer.model_max_length} tokens, the text encoder takes "
@@ -140,17 +144,21 @@ class Pipeline:
             raise InputError(
                 "adapters that depend on the picture are in no diffusers folder; keep the base and their file"
             )
-        sides = self.unet.config.sample_shape
-        resolution = None if sides is None else max(sides) * self.vae.config.downsampling
 
         def write(part: Path) -> None:
             weights.save_pretrained(self.unet, part / "unet")
             weights.save_pretrained(self.vae, part / "vae")
             weights.save_pretrained(self.text_encoder, part / "text_encoder")
             self.tokenizer.save_pretrained(part / "tokenizer")
-            export.write_configs(part, self.scheduler_config, self.alignment, self.task, resolution)
+            export.write_configs(part, self.scheduler_config, self.alignment, self.task, self.resolution)
 
         export.write_whole(Path(folder).absolute(), write)
+
+    @property
+    def resolution(self) -> int | None:
+        """Pixels of the longer side that the UNet was trained at, if its config.json, or a pipeline of depth, says."""
+        sides = self.unet.config.sample_shape
+        return None if sides is None else max(sides) * self.vae.config.downsampling
 
     @property
     def tokenize(self) -> weights.Tokenize:
@@ -226,16 +234,18 @@ class Pipeline:
         """Depth float32 [B, H, W] of uint8 `images` [B, H, W, 3]: 0 is near, 1 far, affine in what was learned.
 
         Our own models learn the logarithm of depth, others may depth itself: `metrics.depth_errors(space=...)`. The
-        network sees pictures whose longer side has `resolution` pixels (their own by default), rounded to what the VAE
-        divides; depth is brought back to their size. `ensemble` estimates of each picture are merged, see
-        `ensemble.merged`. `noise` [B * ensemble, H, W, C] replaces what they would start from.
+        network sees pictures whose longer side has `resolution` pixels, what it was trained at by default and the
+        picture's own for 0, rounded to what the VAE divides; depth is brought back to their size. `ensemble` estimates
+        of each picture are merged, see `ensemble.merged`. `noise` [B * ensemble, H, W, C] replaces what they would
+        start from.
         """
         how = _sampler(sampler)
         self._require(of_pictures=True)
         if ensemble < 1:
             raise InputError(f"ensemble={ensemble}: give a whole number, 1 or more")
         height, width = images.shape[1:3]
-        tall, wide = working_size(height, width, resolution, self.vae.config.downsampling)
+        longer = self.resolution if resolution is None else resolution
+        tall, wide = working_size(height, width, longer or max(height, width), self.vae.config.downsampling)
         seen = np.repeat(resized(images, tall, wide), ensemble, axis=0)
         if noise is None:
             noise = self.noise(seed, len(seen), tall, wide, first=first * ensemble)
@@ -351,9 +361,9 @@ def _sampler(given: SamplerName | Sampler) -> Sampler:
     return given if isinstance(given, Sampler) else Sampler(given)
 
 
-def working_size(height: int, width: int, resolution: int | None, factor: int) -> tuple[int, int]:
+def working_size(height: int, width: int, resolution: int, factor: int) -> tuple[int, int]:
     """Height and width, multiples of `factor`, of a picture whose longer side is to have `resolution` pixels."""
-    scale = (resolution or max(height, width)) / max(height, width)
+    scale = resolution / max(height, width)
     return tuple(max(1, round(side * scale / factor)) * factor for side in (height, width))  # pyright: ignore[reportReturnType]
 
 

@@ -28,7 +28,12 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat for more
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
 _IMAGE = flags.DEFINE_string("image", None, "Tell this picture's depth, with a model of depth; no prompt then.")
 _ENSEMBLE = flags.DEFINE_integer("ensemble", 1, "Estimates of depth that are merged.", lower_bound=1)
-_RESOLUTION = flags.DEFINE_integer("resolution", None, "Pixels of the picture's longer side, as depth's model sees it.")
+_RESOLUTION = flags.DEFINE_integer(
+    "resolution",
+    None,
+    "Pixels of the picture's longer side, as depth's model sees it; what it was trained at by default, 0 for its own.",
+    lower_bound=0,
+)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
 _OUT = flags.DEFINE_string("out", "samples.png", "The picture to write; of depth, white is near, or .npy in float32.")
 _SAMPLER = flags.DEFINE_enum(

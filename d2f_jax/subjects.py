@@ -80,6 +80,7 @@ def _depth(config: Config, examples: Sequence[Example]) -> Subject:
             images[rows.start : rows.stop],
             num_steps=num_steps,
             ensemble=wanted.depth.ensemble,
+            resolution=max(images.shape[1:3]),
             seed=wanted.seed,
             first=rows.start,
             sampler=sampler,

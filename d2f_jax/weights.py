@@ -157,6 +157,11 @@ def load_scheduler_config(path_or_hub_id: str | Path, *, revision: str | None = 
     return _read_json(component_folder(path_or_hub_id, "scheduler", revision=revision) / "scheduler_config.json")
 
 
+def load_model_index(path_or_hub_id: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's `model_index.json`."""
+    return _read_json(component_folder(path_or_hub_id, "", revision=revision, weights=False) / "model_index.json")
+
+
 def save_pretrained(model: nnx.Module, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
     """Writes `config.json` and the weights as safetensors, in the parameters' dtype or in `dtype`.
 

@@ -1,6 +1,7 @@
 """Depth of pictures: the network that is widened for it, its loss, its samples, and diffusers' own pipeline of it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,33 @@ def test_depth_of_pictures_of_any_size(finished: Path) -> None:
     assert found.shape == (2, 19, 33) and found.dtype == np.float32 and 0 <= found.min() < found.max() <= 1
     second = pipeline.depth(pictures(2, 19, 33)[1:], num_steps=2, resolution=16, ensemble=3, seed=5, first=1)
     np.testing.assert_allclose(found[1:], second, atol=1e-5)
+
+
+def test_a_picture_is_seen_at_the_size_that_was_trained(finished: Path, tmp_path: Path) -> None:
+    """As the UNet's config.json has it, or model_index.json, where Marigold's pipelines say it."""
+    export = shutil.copytree(finished / "export", tmp_path / "export")
+    trained = Pipeline.from_pretrained(export)
+    assert trained.resolution == 16  # pixels that `shrunk` trains at
+    large = pictures(1, 48, 64)
+    found = trained.depth(large, num_steps=1, seed=3)
+    assert found.shape == (1, 48, 64)
+    np.testing.assert_array_equal(found, trained.depth(large, num_steps=1, seed=3, resolution=16))
+    own = trained.depth(large, num_steps=1, seed=3, resolution=0)
+    np.testing.assert_array_equal(own, trained.depth(large, num_steps=1, seed=3, resolution=64))
+    assert np.abs(found - own).max() > 0.01
+
+    index = json.loads((export / "model_index.json").read_text())
+    (export / "model_index.json").write_text(json.dumps(index | {"default_processing_resolution": 24}))
+    recorded = Pipeline.from_pretrained(export)
+    assert recorded.resolution == 24
+    np.testing.assert_array_equal(
+        recorded.depth(large, num_steps=1, seed=3), trained.depth(large, num_steps=1, seed=3, resolution=24)
+    )
+    recorded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["default_processing_resolution"] == 24
+    (export / "model_index.json").write_text(json.dumps(index | {"default_processing_resolution": "large"}))
+    with pytest.raises(InputError, match="default_processing_resolution='large'; give a number of pixels"):
+        Pipeline.from_pretrained(export)
 
 
 def test_a_model_is_asked_for_what_it_makes(model: Path, finished: Path) -> None:
