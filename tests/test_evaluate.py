@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import inception_twin
+import fidelity
 import numpy as np
 import pytest
 import safetensors.torch
@@ -46,7 +46,7 @@ def config(model: Path, **changes: object) -> ConfigDict:
 
 
 def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> None:
-    weights = inception_twin.random_inception().state_dict()
+    weights = fidelity.random_inception().state_dict()
     safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "inception.safetensors")
     told = evaluate(config(model), tmp_path / "out", inception=str(tmp_path / "inception.safetensors"))
 

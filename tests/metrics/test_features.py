@@ -1,7 +1,9 @@
-"""Feature distances: laws of gathering them in parts, and the kernel distance against its definition."""
+"""Feature distances: laws of gathering them in parts, torch-fidelity's numbers, the kernel distance's definition."""
 
+import fidelity
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +71,27 @@ def test_squared_mmd_is_its_definition() -> None:
         for j in range(8):
             total -= 2 * kernel(x[i], y[j]) / (11 * 8)
     assert squared_mmd(x, y) == pytest.approx(total, rel=1e-10)
+
+
+@pytest.fixture(scope="module")
+def two_sets() -> tuple[np.ndarray, np.ndarray]:
+    """Of different sizes, float64; torch-fidelity computes in the features' own precision."""
+    return features(0, 1100).astype(np.float64), features(1, 1300, mean=0.6).astype(np.float64)
+
+
+def test_kid_is_torch_fidelity_s_by_default(two_sets: tuple[np.ndarray, np.ndarray]) -> None:
+    """Of the same subsets, or neither their mean nor their deviation would agree so well."""
+    theirs = fidelity.kid.kid_features_to_metric(*map(torch.from_numpy, two_sets), verbose=False)
+    ours = kernel_distance(*two_sets)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert ours.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
+
+
+def test_fid_is_torch_fidelity_s(two_sets: tuple[np.ndarray, np.ndarray]) -> None:
+    statistics = [fidelity.fid.fid_features_to_statistics(torch.from_numpy(x)) for x in two_sets]
+    theirs = fidelity.fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    ours = frechet_distance(*map(FeatureStatistics.of, two_sets))
+    assert ours == pytest.approx(theirs, rel=1e-9) and ours > 0.1
 
 
 def test_kernel_distance_is_unbiased_and_grows() -> None:

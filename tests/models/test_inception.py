@@ -1,8 +1,8 @@
-"""FID's InceptionV3 against PyTorch at random weights, batch norm's statistics included."""
+"""FID's InceptionV3 against torch-fidelity's at random weights, batch norm's statistics included."""
 
 from pathlib import Path
 
-import inception_twin
+import fidelity
 import numpy as np
 import pytest
 import safetensors.torch
@@ -15,12 +15,12 @@ from d2f_jax.models import inception
 
 
 @pytest.fixture(scope="module")
-def theirs() -> inception_twin.Inception:
-    return inception_twin.random_inception()
+def theirs() -> torch.nn.Module:
+    return fidelity.random_inception()
 
 
 @pytest.fixture(scope="module")
-def file(theirs: inception_twin.Inception, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(theirs: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made as the docstring says."""
     folder = tmp_path_factory.mktemp("inception")
     torch.save(theirs.state_dict(), folder / "pt.pth")
@@ -37,9 +37,8 @@ def pictures() -> np.ndarray:
     return (smooth + rng.integers(0, 6, (2, 70, 90, 3))).astype(np.uint8)
 
 
-def test_features_are_pytorch_s(theirs: inception_twin.Inception, file: Path, pictures: np.ndarray) -> None:
-    with torch.no_grad():
-        expected = theirs(twins.nchw(pictures)).numpy()
+def test_features_are_torch_fidelity_s(theirs: torch.nn.Module, file: Path, pictures: np.ndarray) -> None:
+    expected = theirs(twins.nchw(pictures))[0].numpy()
     ours = inception_features(load_inception(file), pictures, batch_size=2)
     assert ours.shape == (2, inception.NUM_FEATURES) and ours.dtype == np.float32
     twins.assert_close(ours, expected, 1e-5)
@@ -47,23 +46,13 @@ def test_features_are_pytorch_s(theirs: inception_twin.Inception, file: Path, pi
     assert np.abs(expected[0] - expected[1]).max() > 1e-3 * np.abs(expected).max()
 
 
-def test_the_twin_is_torch_fidelity_s(tmp_path: Path, pictures: np.ndarray, theirs: inception_twin.Inception) -> None:
-    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    torch.save(theirs.state_dict(), tmp_path / "pt.pth")
-    known = extractor.FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "pt.pth")
-    )
-    with torch.no_grad():
-        (expected,) = known(twins.nchw(pictures))
-        twins.assert_close(theirs(twins.nchw(pictures)).numpy(), expected.numpy(), 1e-5)
-
-
 @pytest.mark.parametrize("size", [31, 299, 640])
 def test_resize_is_tensorflow_1_s(size: int) -> None:
     x = np.random.default_rng(size).uniform(0, 255, (1, size, size + 7, 3)).astype(np.float32)
-    expected = inception_twin.resized(twins.nchw(x), 299)
-    # Positions in float32, as in TensorFlow: 640 pixels of white noise show what that rounds off.
-    np.testing.assert_allclose(inception.resize(x, 299), twins.nhwc(expected), atol=0.05)
+    expected = fidelity.interpolate.interpolate_bilinear_2d_like_tensorflow1x(
+        twins.nchw(x), size=(299, 299), align_corners=False
+    )
+    np.testing.assert_allclose(inception.resize(x, 299), twins.nhwc(expected), atol=1e-3)
     if size == 299:
         np.testing.assert_array_equal(inception.resize(x[:, :, :299], 299), x[:, :, :299])
 
