@@ -18,7 +18,6 @@ from d2f_jax.data.open import open_source
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
-from d2f_jax.models.vae import AutoencoderKL, VAEConfig
 from d2f_jax.pipeline import Pipeline, task_of
 from d2f_jax.program import Config
 from d2f_jax.programs import make_program
@@ -71,7 +70,7 @@ def make_pipeline(config: Config, configs: dict[str, dict[str, Any]]) -> Pipelin
 
     unet_config = UNetConfig.from_dict(configs["unet"])
     unet = nnx.eval_shape(lambda: build(UNet2DConditionModel, unet_config))
-    vae = nnx.eval_shape(lambda: build(AutoencoderKL, VAEConfig.from_dict(configs["vae"])))
+    vae = nnx.eval_shape(lambda: weights.make_vae(configs["vae"], dtype=jnp.dtype(config.compute_dtype)))
     text_encoder = nnx.eval_shape(lambda: build(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"])))
     pipeline = Pipeline(
         unet=unet,

@@ -35,12 +35,21 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_configs(
-    folder: Path, scheduler_config: Mapping[str, Any], alignment: Alignment, task: Task, resolution: int | None
+    folder: Path,
+    scheduler_config: Mapping[str, Any],
+    alignment: Alignment,
+    task: Task,
+    resolution: int | None,
+    vae: str,
 ) -> None:
-    """`model_index.json` and the scheduler's config; `resolution` (pixels) is what depth is estimated at."""
+    """`model_index.json` and the scheduler's config.
+
+    `resolution` (pixels) is what depth is estimated at, `vae` the name of the autoencoder's class in diffusers.
+    """
+    index = _marigold_index(resolution) if task.of_pictures else _STABLE_DIFFUSION
     for name, content in (
         ("scheduler/scheduler_config.json", _scheduler(scheduler_config, alignment, task)),
-        ("model_index.json", _marigold_index(resolution) if task.of_pictures else _STABLE_DIFFUSION),
+        ("model_index.json", index | {"vae": ["diffusers", vae]}),
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -101,7 +110,6 @@ _NETWORKS = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
 _STABLE_DIFFUSION = {
     "_class_name": "StableDiffusionPipeline",

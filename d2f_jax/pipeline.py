@@ -19,7 +19,6 @@ from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel
-from d2f_jax.models.vae import AutoencoderKL
 from d2f_jax.programs import Direction, Model, make_program
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.schedule import NoiseSchedule
@@ -37,7 +36,7 @@ class Pipeline:
     """
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: weights.Autoencoder
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
@@ -150,7 +149,8 @@ class Pipeline:
             weights.save_pretrained(self.vae, part / "vae")
             weights.save_pretrained(self.text_encoder, part / "text_encoder")
             self.tokenizer.save_pretrained(part / "tokenizer")
-            export.write_configs(part, self.scheduler_config, self.alignment, self.task, self.resolution)
+            vae = type(self.vae).__name__
+            export.write_configs(part, self.scheduler_config, self.alignment, self.task, self.resolution, vae)
 
         export.write_whole(Path(folder).absolute(), write)
 
@@ -332,7 +332,7 @@ def task_of(
     where: str | Path,
     scheduler_config: dict[str, Any],
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: weights.Autoencoder,
     text_encoder: CLIPTextModel,
 ) -> Task:
     """What the parts of a checkpoint make together. Raises InputError if they do not belong together."""

@@ -8,7 +8,7 @@ HWIO <-> OIHW, linear layers IO <-> OI. The rule runs in both directions and is 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from transformers import CLIPTokenizer
 
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from d2f_jax.models.taesd import AutoencoderTiny, TinyConfig
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -32,6 +33,7 @@ TINY_SD = Path(__file__).parent / "assets" / "tiny-sd"
 """The embedded model, which the name "tiny-sd" stands for."""
 
 Model = TypeVar("Model", bound=nnx.Module)
+Autoencoder = AutoencoderKL | AutoencoderTiny
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
 # Tensors that are no parameters: the positions' numbers, what batch norm counts in training, CLIP's temperature.
@@ -69,14 +71,28 @@ def load_vae(
     revision: str | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-) -> AutoencoderKL:
-    """The autoencoder, as `load_unet`."""
+) -> Autoencoder:
+    """The autoencoder, as `load_unet`; TAESD where config.json says so."""
     folder = component_folder(path_or_hub_id, "vae", variant=variant, revision=revision)
-    config = VAEConfig.from_dict(_read_json(folder / "config.json"))
+    config = _read_json(folder / "config.json")
     return fill(
-        lambda: AutoencoderKL(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        lambda: make_vae(config, dtype=dtype, param_dtype=param_dtype),
         Tensors(_files(folder, _DIFFUSERS, variant), _modern),
     )
+
+
+def make_vae(
+    config: Mapping[str, Any], *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+) -> Autoencoder:
+    """The autoencoder that a `vae/config.json` describes, without its weights. Raises InputError for any other."""
+    options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)}
+    match config.get("_class_name", "AutoencoderKL"):
+        case "AutoencoderKL":
+            return AutoencoderKL(VAEConfig.from_dict(config), **options)
+        case "AutoencoderTiny":
+            return AutoencoderTiny(TinyConfig.from_dict(config), **options)
+        case other:
+            raise InputError(f"config.json: {other} is not supported (AutoencoderKL and AutoencoderTiny are)")
 
 
 def load_text_encoder(
@@ -332,6 +348,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 _FORMATS: dict[type, tuple[str, str, dict[str, Any]]] = {
     UNet2DConditionModel: (_DIFFUSERS, "", {"_class_name": "UNet2DConditionModel"}),
     AutoencoderKL: (_DIFFUSERS, "", {"_class_name": "AutoencoderKL"}),
+    AutoencoderTiny: (_DIFFUSERS, "", {"_class_name": "AutoencoderTiny"}),
     CLIPTextModel: (
         _TRANSFORMERS,
         "text_model.",

@@ -30,7 +30,7 @@ CLIP: dict[str, Any] = {
 }
 
 
-def write_pipeline(folder: Path, **unet: Any) -> Path:
+def write_pipeline(folder: Path, vae: Any = None, **unet: Any) -> Path:
     """Written by diffusers, with tiny-sd's tokenizer; 2x downsampling, 16 pixels; `unet` changes UNET."""
     tokenizer = weights.load_tokenizer("tiny-sd")
     text = twins.text_encoder(
@@ -39,7 +39,7 @@ def write_pipeline(folder: Path, **unet: Any) -> Path:
         **{f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")},
     )
     diffusers.StableDiffusionPipeline(
-        vae=twins.vae(**twins.SMALL_VAE),
+        vae=twins.vae(**twins.SMALL_VAE) if vae is None else vae,
         text_encoder=text,
         tokenizer=tokenizer,
         unet=twins.unet(**UNET | unet),

@@ -171,7 +171,23 @@ def test_the_table_shows_the_bridge(finished: Path) -> None:
 
 
 def test_the_export_samples_the_same_in_diffusers(finished: Path) -> None:
-    ours, theirs = Pipeline.from_pretrained(finished / "export"), small.torch_pipeline(finished / "export")
+    check_export(finished / "export")
+
+
+def test_taesd_in_the_place_of_the_vae(tmp_path: Path) -> None:
+    tiny = twins.taesd(**twins.SMALL_TAESD)
+    model = small.write_pipeline(tmp_path / "model", tiny)
+    train.train(shrunk(quickstart.get_config(), model, **{"train.num_steps": 2, "eval.every": 100}), tmp_path / "run")
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if "loss" in line)
+    theirs = check_export(tmp_path / "run" / "export")
+    assert type(theirs.vae) is type(tiny)
+    for name, tensor in theirs.vae.state_dict().items():
+        assert (tensor == tiny.state_dict()[name]).all(), name
+
+
+def check_export(export: Path) -> Any:
+    """What diffusers makes of it, which draws as it does here."""
+    ours, theirs = Pipeline.from_pretrained(export), small.torch_pipeline(export)
     noise = ours.noise(0, 2, 16, 24)
     grid = sampling.flow_grid(ours.schedule, 4)
     expected = theirs(
@@ -187,6 +203,7 @@ def test_the_export_samples_the_same_in_diffusers(finished: Path) -> None:
     pictures = ours(["a red cube", "a blue cone"], noise=noise, guidance_scale=2.0, num_steps=4)
     assert pictures.std() > 1
     assert np.abs(pictures - 255 * expected).max() <= 2.5
+    return theirs
 
 
 def tell(step: int) -> None:

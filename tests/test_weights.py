@@ -25,6 +25,12 @@ KINDS: dict[str, tuple[Any, Any, Any, str]] = {
         "diffusion_pytorch_model",
     ),
     "vae": (lambda: twins.vae(**twins.SMALL_VAE), load_vae, diffusers.AutoencoderKL, "diffusion_pytorch_model"),
+    "taesd": (
+        lambda: twins.taesd(**twins.SMALL_TAESD),
+        load_vae,
+        diffusers.AutoencoderTiny,
+        "diffusion_pytorch_model",
+    ),
     "text_encoder": (
         lambda: twins.text_encoder(**twins.SMALL_CLIP),
         load_text_encoder,

@@ -47,6 +47,12 @@ SMALL_VAE: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
 }
+SMALL_TAESD: dict[str, Any] = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (12, 12),
+    "num_encoder_blocks": (1, 2),
+    "num_decoder_blocks": (2, 1),
+}
 SMALL_CLIP: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 24,
@@ -68,6 +74,11 @@ def unet(**config: Any) -> diffusers.UNet2DConditionModel:
 def vae(**config: Any) -> diffusers.AutoencoderKL:
     torch.manual_seed(1)
     return shaken(diffusers.AutoencoderKL(**config))
+
+
+def taesd(**config: Any) -> diffusers.AutoencoderTiny:
+    torch.manual_seed(3)
+    return shaken(diffusers.AutoencoderTiny(**config))
 
 
 def text_encoder(**config: Any) -> transformers.CLIPTextModel:

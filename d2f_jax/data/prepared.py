@@ -16,7 +16,6 @@ from d2f_jax.data import records
 from d2f_jax.data.sources import Example
 from d2f_jax.errors import InputError, SaveError
 from d2f_jax.models.clip import CLIPTextModel
-from d2f_jax.models.vae import AutoencoderKL
 
 Split = Literal["train", "validation"]
 Latents = Literal["mean", "mean_std"]
@@ -117,7 +116,7 @@ def verify(folder: str | Path) -> Manifest:
 
 def check_model(
     manifest: Manifest,
-    vae: AutoencoderKL,
+    vae: weights.Autoencoder,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     *,
@@ -146,11 +145,12 @@ def check_model(
             )
 
 
-def vae_fingerprint(vae: AutoencoderKL) -> str:
+def vae_fingerprint(vae: weights.Autoencoder) -> str:
     """SHA-256, 16 digits, of all that latents depend on: the encoder's parameters, in whichever files they lie."""
     kept = {key: array for key, array in _parameters(vae).items() if key.startswith(("encoder.", "quant_conv."))}
     config = dataclasses.asdict(vae.config)
-    del config["sample_size"], config["force_upcast"]  # differ between copies of the same network
+    for key in ("sample_size", "force_upcast"):  # differ between copies of the same network
+        config.pop(key, None)
     return _digest(kept, config)
 
 

@@ -28,11 +28,13 @@ class Build:
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
         return nnx.Linear(inputs, outputs, use_bias=bias, **options)
 
-    def conv(self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: int | None = None) -> nnx.Conv:
+    def conv(
+        self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: int | None = None, bias: bool = True
+    ) -> nnx.Conv:
         """Square kernel; padding on every side keeps the picture's size by default, as PyTorch pads."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
         padding = size // 2 if padding is None else padding
-        return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, **options)
+        return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, use_bias=bias, **options)
 
     def group_norm(self, channels: int, groups: int, eps: float) -> "GroupNorm":
         return GroupNorm(channels, groups, eps, self)
