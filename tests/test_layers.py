@@ -11,9 +11,9 @@ LAYERS = [
     {"schedule", "flow", "alignment", "sampling", "sde", "sampler"},
     {"models", "lora", "task"},
     {"chips", "distributed", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
-    {"checkpoint", "data", "lora_files", "metrics", "oracle", "report", "weights"},
+    {"checkpoint", "data", "lora_files", "metrics", "oracle", "report", "torch_files", "weights"},
     {"ensemble", "export", "pipeline", "programs"},
-    {"comparison", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
+    {"comparison", "convert", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
     | {"blueprint", "forecast", "plan", "settings", "subjects", "train", "watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
