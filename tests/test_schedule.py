@@ -69,7 +69,7 @@ def test_the_square_root_schedule_is_the_published_one_and_diffusers_reads_its_e
     ours = NoiseSchedule.from_config(config).alphas_cumprod
     published = np.cumprod(1 - np.linspace(0.00085, 0.0012, 1000) ** 0.5)
     np.testing.assert_allclose(ours, published, rtol=1e-5)
-    export.write_configs(tmp_path, config, ALIGNED, TEXT_TO_IMAGE, None)
+    export.write_configs(tmp_path, config, ALIGNED, TEXT_TO_IMAGE, None, "AutoencoderKL")
     theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
     np.testing.assert_allclose(theirs.alphas_cumprod, published, rtol=1e-4)
     again = NoiseSchedule.from_config(weights.load_scheduler_config(tmp_path))
