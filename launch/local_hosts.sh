@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs training as several processes of this machine that find each other over loopback, as hosts of a cluster would.
+# Runs a program as several processes of this machine that find each other over loopback, as hosts of a cluster would.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-Usage: launch/local_hosts.sh N [option ...] [-- training argument ...]
+Usage: launch/local_hosts.sh N [option ...] [-- the program's argument ...]
 
 Starts N processes of `python -m d2f_jax.train`, prefixes their output with [p0], [p1], ..., and ends when all have
 ended. If one fails, the others are ended too, and the exit code is that of the first that failed. SIGINT and SIGTERM
@@ -40,9 +40,9 @@ while [[ $# -gt 0 ]]; do
     --module=*) module=${1#*=} ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
-    -*) die "unknown option $1 (see --help); training arguments come after --" ;;
+    -*) die "unknown option $1 (see --help); the program's arguments come after --" ;;
     *)
-      [[ -z $processes ]] || die "unexpected argument $1 (see --help); training arguments come after --"
+      [[ -z $processes ]] || die "unexpected argument $1 (see --help); the program's arguments come after --"
       processes=$1 && whole_number N "$processes"
       ;;
   esac

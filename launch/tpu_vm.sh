@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, one host or many: creates them, installs this checkout, starts, follows and resumes the run.
+# Runs programs on Cloud TPU VMs, one host or many: creates them, installs this checkout, starts, follows and resumes the run.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-Usage: launch/tpu_vm.sh COMMAND NAME --zone=ZONE [option ...] [-- training argument ...]
+Usage: launch/tpu_vm.sh COMMAND NAME --zone=ZONE [option ...] [-- the program's argument ...]
 
 Commands
   up       create, install, run and tail: from nothing to a run, in one command
@@ -12,7 +12,7 @@ Commands
            or the run is to go on (exit code 75); ends with its exit code at 0 and 2, with 1 after --retries others
   create   the TPU VM, or with --queued the request for one, and waits until it is granted
   install  copy this checkout (setup.py pyproject.toml d2f_jax configs launch) to all workers and install it there
-  run      start the training program on all workers, detached; it writes d2f_jax.log in the home folder
+  run      start the program on all workers, detached; it writes d2f_jax.log in the home folder
   tail     follow the log until the run ends; ends with its exit code
   status   state of the TPU, and of the run on each worker
   delete   the TPU VM, or with --queued the request and the TPU VM
@@ -24,6 +24,10 @@ Options
   --version=VERSION  TPU software version; the one for JAX on TYPE if not given
   --spot             cheaper, and may be preempted: use watch
   --queued           by a queued resource
+  --module=NAME      the program, d2f_jax.train if not given: d2f_jax.prepare, d2f_jax.reflow, d2f_jax.evaluate
+  --extras=NAMES     of setup.py beside tpu, such as depth,wandb; for install, up and watch
+  --env=NAME[=VALUE] of the run's environment, such as WANDB_API_KEY or HF_TOKEN; without =VALUE from this shell's. Once
+                     for each; it is copied to a file that only the user can read, and never printed
   --bucket=BUCKET    mounted at /mnt/gcs on all workers, for install, up and watch; put the workdir there. A bucket with
                      hierarchical namespace: in others gcsfuse cannot rename the folders of finished checkpoints
   --worker=N|all     whose log to tail; 0 if not given
@@ -44,8 +48,8 @@ note() {
   echo "$(date +%H:%M:%S) $name: $*" >&2
 }
 
-# On a TPU VM, called over ssh by the commands below: `host install BUCKET`, `host run ARGUMENT ...`, `host tail`,
-# `host status`. The run leaves d2f_jax.log, d2f_jax.pid and, when it has ended, d2f_jax.exit in the home folder.
+# On a TPU VM, called over ssh by the commands below: `host install BUCKET EXTRA ...`, `host run MODULE ARGUMENT ...`,
+# `host tail`, `host status`. A run's environment comes in d2f_jax.env. The run leaves d2f_jax.log, d2f_jax.pid and, when it has ended, d2f_jax.exit in the home folder.
 host() {
   local root code=0
   root=$(cd "$(dirname "$0")/.." && pwd)
@@ -58,8 +62,8 @@ host() {
         PYTHON=$(~/.local/bin/uv python find 3.12)
         export PYTHON
       fi
-      "$root/launch/install.sh" tpu
-      [[ -z ${2:-} ]] || mounted "$2"
+      "$root/launch/install.sh" tpu "${@:3}"
+      [[ -z $2 ]] || mounted "$2"
       ;;
     run)
       if [[ $(host status) == "run: running" ]]; then
@@ -71,8 +75,10 @@ host() {
       echo $! >~/d2f_jax.pid
       ;;
     attend)
+      # shellcheck disable=SC1090
+      if [[ -e ~/d2f_jax.env ]]; then source ~/d2f_jax.env; fi
       cd "$root"
-      .venv/bin/python -m d2f_jax.train "${@:2}" || code=$?
+      .venv/bin/python -m "$2" "${@:3}" || code=$?
       echo "$code" >~/d2f_jax.exit
       ;;
     tail)
@@ -132,6 +138,7 @@ case $command in
   *) die "unknown command '$command'; use up, watch, create, install, run, tail, status or delete (see --help)" ;;
 esac
 name="" zone="" project="" type="" version="" spot="" queued="" bucket="" worker=0 interval=60 retries=3 dry_run=""
+module=d2f_jax.train extra="" env_names=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --help) usage && exit ;;
@@ -142,14 +149,17 @@ while [[ $# -gt 0 ]]; do
     --spot) spot=1 ;;
     --queued) queued=1 ;;
     --bucket=*) bucket=${1#*=} && bucket=${bucket#gs://} ;;
+    --module=*) module=${1#*=} ;;
+    --extras=*) extra=${1#*=} ;;
+    --env=*) given_environment "${1#*=}" ;;
     --worker=*) worker=${1#*=} ;;
     --interval=*) interval=${1#*=} ;;
     --retries=*) retries=${1#*=} ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
-    -*) die "unknown option $1 (see --help); training arguments come after --" ;;
+    -*) die "unknown option $1 (see --help); the program's arguments come after --" ;;
     *)
-      [[ -z $name ]] || die "unexpected argument $1 (see --help); training arguments come after --"
+      [[ -z $name ]] || die "unexpected argument $1 (see --help); the program's arguments come after --"
       name=$1
       ;;
   esac
@@ -161,6 +171,8 @@ done
 [[ $worker =~ ^([0-9]+|all)$ ]] || die "--worker=$worker: give the number of a worker, or all"
 [[ $interval =~ ^[0-9]+$ ]] || die "--interval=$interval: give whole seconds"
 [[ $retries =~ ^[0-9]+$ ]] || die "--retries=$retries: give a whole number"
+a_module "$module"
+extra=$(extras "$extra")
 [[ $bucket =~ ^([a-z0-9][-_.a-z0-9]*)?$ ]] || die "--bucket=$bucket: give the bucket's name only, such as my-bucket"
 case $command in
   up | watch | create)
@@ -178,12 +190,12 @@ case $command in
 esac
 case $command in
   up | watch | run)
-    [[ $# -gt 0 ]] || die "the training arguments are missing; add: -- --config=FILE --workdir=DIR"
-    if [[ $bucket && " $*" != *" --workdir=/mnt/gcs/"* ]]; then
-      die "with --bucket the workdir belongs on it; write --workdir=/mnt/gcs/NAME"
+    [[ $# -gt 0 ]] || die "the program's arguments are missing; add: -- --config=FILE --workdir=DIR"
+    if [[ $bucket && ! " $*" =~ \ --(workdir|out)=/mnt/gcs/ ]]; then
+      die "with --bucket what is written belongs on it; write --workdir=/mnt/gcs/NAME, or --out="
     fi
     ;;
-  *) [[ $# -eq 0 ]] || die "$command takes no training arguments; leave out: $(quoted "$@")" ;;
+  *) [[ $# -eq 0 ]] || die "$command takes no arguments of a program; leave out: $(quoted "$@")" ;;
 esac
 
 target=("$name" --zone="$zone" --quiet)
@@ -195,7 +207,7 @@ capacity=()
 vm=(gcloud compute tpus tpu-vm)
 request=(gcloud compute tpus queued-resources)
 on_host="d2f_jax/launch/tpu_vm.sh host"
-package=${XDG_CACHE_HOME:-$HOME/.cache}/d2f_jax/$name.tar.gz
+package=${XDG_CACHE_HOME:-$HOME/.cache}/d2f_jax/$name.tar.gz environment=${package%.tar.gz}.env
 
 create() {
   if [[ $queued ]]; then
@@ -279,11 +291,19 @@ install() {
     run tar -czf "$package" -C "$(dirname "$0")/.." --exclude=__pycache__ \
       setup.py pyproject.toml d2f_jax configs launch &&
     run "${vm[@]}" scp "$package" "$name:d2f_jax.tar.gz" "${target[@]:1}" --worker=all &&
-    on_workers all "mkdir -p d2f_jax && tar -xzf d2f_jax.tar.gz -C d2f_jax && $on_host install${bucket:+ $bucket}"
+    on_workers all "mkdir -p d2f_jax && tar -xzf d2f_jax.tar.gz -C d2f_jax && $on_host install '$bucket'${extra:+ $extra}"
 }
 
 start() {
-  on_workers all "$on_host run $(quoted "$@")"
+  local code=0
+  if [[ ${#env_names[@]} -gt 0 ]]; then # by a file, for arguments are to be seen in lists of processes
+    run mkdir -p "$(dirname "$environment")" &&
+      run bash -c 'umask 077 && declare -p "${@:2}" >"$1"' bash "$environment" "${env_names[@]}" &&
+      run "${vm[@]}" scp "$environment" "$name:d2f_jax.env" "${target[@]:1}" --worker=all || code=$?
+    run rm -f "$environment"
+    [[ $code -eq 0 ]] || return "$code"
+  fi
+  on_workers all "$on_host run $module $(quoted "$@")"
 }
 
 tail_log() {

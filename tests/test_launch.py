@@ -43,7 +43,11 @@ call = [Path(sys.argv[0]).name, *sys.argv[1:]]
 with (folder / "recorded.jsonl").open("a") as file:
     file.write(json.dumps({"call": call, "jax": {k: v for k, v in os.environ.items() if k.startswith("JAX_P")}}) + "\n")
 if call[0] == "kubectl":
-    (folder / "applied.yaml").write_text(sys.stdin.read())
+    with (folder / "applied.yaml").open("a") as file:
+        file.write(sys.stdin.read())
+if call[0] == "xpk":
+    names = [Path(word[11:]).read_text().split() for word in call if word.startswith("--env-file=")]
+    (folder / "env.json").write_text(json.dumps({name: os.environ[name] for name in sum(names, [])}))
 
 hosts = sorted(folder.glob("host-*"))
 worker = next((word.partition("=")[2] for word in call if word.startswith("--worker=")), "")
@@ -177,15 +181,22 @@ KUBECTL = ("run1", "--topology=v6e:4x4", "--kubectl", "--image=img:1", "--bucket
         (["tpu_vm.sh", "status", "pod"], "--zone=ZONE"),
         (["tpu_vm.sh", "status", *TPU, "other"], "unexpected argument other"),
         (["tpu_vm.sh", "status", *TPU, "--spots"], "unknown option --spots"),
-        (["tpu_vm.sh", "status", *TPU, "--", "x"], "status takes no training arguments"),
+        (["tpu_vm.sh", "status", *TPU, "--", "x"], "status takes no arguments of a program"),
         (["tpu_vm.sh", "create", *TPU], "--type=TYPE"),
         (["tpu_vm.sh", "create", *TPU, "--type=v9-8"], "give --version=VERSION"),
-        (["tpu_vm.sh", "up", *SPOT], "training arguments are missing"),
+        (["tpu_vm.sh", "up", *SPOT], "program's arguments are missing"),
         (["tpu_vm.sh", "up", *SPOT, "--bucket=b", "--", "--workdir=/tmp/x"], "--workdir=/mnt/gcs/NAME"),
         (["tpu_vm.sh", "tail", *TPU, "--worker=first"], "--worker=first"),
         (["tpu_vm.sh", "watch", *TPU, "--interval=soon"], "--interval=soon"),
         (["tpu_vm.sh", "install", *TPU, "--bucket=b;rm"], "--bucket=b;rm"),
-        (["xpk.sh", *KUBECTL], "training arguments are missing"),
+        (["tpu_vm.sh", "run", *TPU, "--module=x;rm", "--", "x"], "--module=x;rm"),
+        (["tpu_vm.sh", "install", *TPU, "--extras=depth;rm"], "--extras=depth;rm"),
+        (["tpu_vm.sh", "run", *TPU, "--env=A-B", "--", "x"], "--env=A-B: give the name of a variable"),
+        (["tpu_vm.sh", "run", *TPU, "--env=NOT_SET", "--", "x"], "--env=NOT_SET: it has no value here"),
+        (["xpk.sh", *KUBECTL, "--env=A-B=secret", "--", "x"], "--env=A-B: give the name of a variable"),
+        (["xpk.sh", *KUBECTL, "--extras=depth", "--", "x"], "--build-arg EXTRA=tpu,"),
+        (["xpk.sh", *KUBECTL, "--module=evaluate it", "--", "x"], "--module=evaluate it"),
+        (["xpk.sh", *KUBECTL], "program's arguments are missing"),
         (["xpk.sh", "Run", *KUBECTL[1:]], "NAME='Run'"),
         (["xpk.sh", "run1", "--topology=v6e-16", "--kubectl"], "--topology=v6e-16"),
         (["xpk.sh", *KUBECTL[:2], "--", "x"], "--cluster=CLUSTER (XPK) or --kubectl"),
@@ -194,12 +205,12 @@ KUBECTL = ("run1", "--topology=v6e:4x4", "--kubectl", "--image=img:1", "--bucket
         (["xpk.sh", *KUBECTL[:4], "--", "x"], "--bucket=BUCKET"),
         (["xpk.sh", *KUBECTL, "--", "--workdir=/tmp/x"], "--workdir=/mnt/gcs/NAME"),
         (["xpk.sh", *KUBECTL, "--chips-per-host=3", "--", "x"], "16 chips of v6e:4x4"),
-        (["slurm.sbatch"], "training arguments are missing"),
+        (["slurm.sbatch"], "program's arguments are missing"),
         (["slurm.sbatch", "--config=x"], "not in a Slurm job"),
         (["local_hosts.sh"], "how many processes"),
         (["local_hosts.sh", "two"], "N=two"),
         (["local_hosts.sh", "2", "3"], "unexpected argument 3"),
-        (["local_hosts.sh", "2", "--config=x"], "training arguments come after --"),
+        (["local_hosts.sh", "2", "--config=x"], "program's arguments come after --"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(command: list[str], said: str, services: Services) -> None:
@@ -238,6 +249,10 @@ WELL = [
         (["tpu_vm.sh", "delete", *TPU, "--queued"], None),
         (["xpk.sh", "run1", "--topology=v5e:4x8", "--cluster=c", "--slices=2", "--storage=s", "--", *TRAINING], None),
         (["xpk.sh", "run1", "--topology=v4:2x2x4", "--cluster=c", "--image=i:1", "--zone=z", "--", *TRAINING], None),
+        (["tpu_vm.sh", "up", *SPOT, "--env=SECRET", "--env=B=se cret", "--extras=depth", "--", *TRAINING], None),
+        (["xpk.sh", "run1", "--topology=v4:2x2x4", "--cluster=c", "--env=SECRET", "--", *TRAINING], None),
+        (["xpk.sh", *KUBECTL, "--env=SECRET", "--module=d2f_jax.evaluate", "--", *TRAINING], None),
+        (["slurm.sbatch", "--module=d2f_jax.evaluate", *TRAINING], None),
         (["xpk.sh", *KUBECTL, "--namespace=n", "--", *TRAINING], None),
         (["slurm.sbatch", *TRAINING], None),
         (["local_hosts.sh", "3", "--port=12345", "--devices=2", "--", *TRAINING], None),
@@ -246,14 +261,18 @@ WELL = [
 def test_dry_run_prints_what_a_run_does(
     command: list[str], first: tuple[str, list[dict]] | None, tmp_path: Path, cluster_job: dict[str, str]
 ) -> None:
-    """The law: nothing is done in a dry run, and its lines, given to a shell, are the calls of a real run."""
+    """The law: nothing is done in a dry run, and its lines, given to a shell, are the calls of a real run.
+
+    What is secret is in neither. Lines of bash write the files of variables, and call none of the services.
+    """
     names = ("gcloud", "kubectl", "xpk", "srun", "tar", "mkdir", "rm", "cp", "python")
     dry, real = Services(tmp_path / "dry", *names), Services(tmp_path / "real", *names)
     at = 1 if command[0] == "slurm.sbatch" else 2
     own = tmp_path / "own"  # what the scripts keep for themselves: their handling of it is no command of the user's
     own.mkdir()
     common = {**cluster_job, "PYTHON": "python", "JAX_PLATFORMS": "cpu"}
-    common |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(own)}
+    (tmp_path / "cache/d2f_jax").mkdir(parents=True)
+    common |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(own), "SECRET": "se cret", "B": "se cret"}
     printed = dry.run(*command[:at], "--dry-run", *command[at:], **common)
     assert printed.returncode == 0 and not dry.calls(), printed.stderr
 
@@ -268,7 +287,8 @@ def test_dry_run_prints_what_a_run_does(
     if command[0] == "local_hosts.sh":  # all at the same time
         said, did = sorted(said, key=str), sorted(did, key=str)
     assert did and said == did
-    assert len(printed.stdout.splitlines()) == len(did)
+    assert len([line for line in printed.stdout.splitlines() if not line.startswith("bash ")]) == len(did)
+    assert "cret" not in printed.stdout + printed.stderr + done.stdout + done.stderr + json.dumps(did)
 
 
 # Cloud TPU VMs
@@ -306,8 +326,10 @@ def hosts(services: Services) -> list[Path]:
         python = home / "d2f_jax/.venv/bin/python"
         python.parent.mkdir(parents=True)
         python.write_text(
-            '#!/bin/bash\n[[ "$*" == *"-m d2f_jax.train"* ]] || { echo Python 3.12; exit; }\n'
-            'printf "%s\\0" "$@" >~/arguments\nwhile [[ -e ~/busy ]]; do sleep 0.05; done\nexit "$(cat ~/code)"\n'
+            '#!/bin/bash\n[[ "$*" == *"-m d2f_jax."* ]] ||'
+            ' { echo Python 3.12; printf "%s\\0" "$@" >~/installed; exit; }\n'
+            'printf "%s\\0" "$@" >~/arguments\nprintf "%s" "${WANDB_API_KEY-}" >~/key\n'
+            'while [[ -e ~/busy ]]; do sleep 0.05; done\nexit "$(cat ~/code)"\n'
         )
         python.chmod(0o755)
         (home / "code").write_text("0")
@@ -325,6 +347,24 @@ def test_up_brings_the_arguments_to_every_host(code: int, services: Services, ho
         assert (home / "arguments").read_text().split("\0")[:-1] == ["-m", "d2f_jax.train", *TRAINING]
         assert (home / "d2f_jax/configs/quickstart.py").exists()  # the checkout has come
     assert not list(services.folder.glob("**/oops"))
+
+
+def test_up_brings_program_extras_and_secrets_to_every_host(services: Services, hosts: list[Path]) -> None:
+    key = AWKWARD[2] + AWKWARD[3] + "it's \\ a\nb"
+    options = [*SPOT, "--module=d2f_jax.evaluate", "--extras=depth,wandb", "--env=WANDB_API_KEY"]
+    # The hosts of this test are processes of this machine: what they would inherit is taken from them.
+    bare = services.folder / "bin/setsid"
+    bare.write_text('#!/bin/bash\nunset WANDB_API_KEY\nexec "$@"\n')
+    bare.chmod(0o755)
+    result = services.run("tpu_vm.sh", "up", *options, "--", "--out=x", WANDB_API_KEY=key)
+    assert result.returncode == 0, result.stderr
+    assert services.steps() == ["create", "scp", "install", "scp", "run", "tail"]
+    for home in hosts:
+        assert (home / "arguments").read_text().split("\0")[:-1] == ["-m", "d2f_jax.evaluate", "--out=x"]
+        assert ".[tpu,depth,wandb]" in (home / "installed").read_text()
+        assert (home / "key").read_text() == key and (home / "d2f_jax.env").stat().st_mode & 0o077 == 0
+    assert not list((services.folder / "cache").glob("**/*.env"))
+    assert "touch oops" not in json.dumps(services.calls()) and not list(services.folder.glob("**/oops"))
 
 
 def test_a_run_that_runs_is_not_started_twice(services: Services, hosts: list[Path]) -> None:
@@ -458,7 +498,7 @@ FIELDS = {
     "selector manualSelector managedBy",
     "podRule": "action onExitCodes onPodConditions",
     "pod": "restartPolicy serviceAccountName terminationGracePeriodSeconds nodeSelector containers volumes",
-    "container": "name image command args ports resources volumeMounts",
+    "container": "name image command args envFrom ports resources volumeMounts",
 }
 
 
@@ -505,6 +545,28 @@ def test_jobset(topology: str, accelerator: str, hosts: int, chips: int, service
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert pod["volumes"][0]["csi"]["volumeAttributes"] == {"bucketName": "b"}
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+
+
+def test_jobset_of_another_program_with_a_secret(services: Services) -> None:
+    options = [*KUBECTL, "--module=d2f_jax.evaluate", "--env=HF_TOKEN", "--env=WANDB_API_KEY=a: 'b'"]
+    assert services.run("xpk.sh", *options, "--", "--out=/mnt/gcs/x", HF_TOKEN='"c"\n').returncode == 0
+    assert services.calls() == [["kubectl", "apply", "--filename=-"]] * 2
+    secret, jobset = (services.folder / "applied.yaml").read_text().split("\n", 1)
+    assert yaml.safe_load(secret)["stringData"] == {"HF_TOKEN": '"c"\n', "WANDB_API_KEY": "a: 'b'"}
+    pod = yaml.safe_load(jobset)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["python", "-m", "d2f_jax.evaluate"]
+    (source,) = container["envFrom"]
+    assert source["secretRef"] == {"name": yaml.safe_load(secret)["metadata"]["name"], "optional": True}
+
+
+def test_xpk_takes_extras_and_secrets(services: Services) -> None:
+    options = ["run1", "--topology=v5e:4x8", "--cluster=c", "--extras=depth,wandb", "--env=HF_TOKEN=a b", "--env=B"]
+    options += ["--module=d2f_jax.reflow"]
+    assert services.run("xpk.sh", *options, "--", "x", B="c").returncode == 0
+    assert json.loads((services.folder / "env.json").read_text()) == {"HF_TOKEN": "a b", "B": "c"}
+    (call,) = services.calls()
+    assert call[-1] == "--command=./launch/install.sh tpu depth wandb && exec .venv/bin/python -m d2f_jax.reflow x"
 
 
 def jobset_action(policy: dict, pod_rules: list[dict], exit_code: int | None) -> str:
