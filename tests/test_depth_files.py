@@ -32,6 +32,7 @@ def hypersim_files(
 def write_hypersim(files: tuple[Path, Path], distance_HxW: np.ndarray, grey: int = 0) -> None:
     write_picture(files[0], distance_HxW.shape, grey)
     files[1].parent.mkdir(parents=True, exist_ok=True)
+    (files[1].parents[3] / LIST).write_text(HEADER)
     with h5py.File(files[1], "w") as file:
         file.create_dataset("dataset", data=distance_HxW, compression="gzip")
 
@@ -104,7 +105,9 @@ def test_the_data_sets_own_list_chooses_frames(tmp_path: Path) -> None:
         source = open_source(f"hypersim:{tmp_path}{option}")
         return [round(float(source[i]["image"].mean() / 60)) for i in range(len(source))]
 
-    refused(rf"{LIST} is not there; take it from https", frames, "?split=train")
+    (tmp_path / LIST).unlink()
+    for option in ("", "?split=train"):
+        refused(rf"{LIST} is not there, .* take it from https.*evermotion_dataset/analysis", frames, option)
     rows = ["ai_001_001,cam_00,1,True,,val", "ai_001_001,cam_00,0,True,,train", "ai_777_001,cam_00,0,True,,test"]
     excluded = "ai_001_001,cam_00,3,False,CONTENT FLAGGED FOR REMOVAL,"
     (tmp_path / LIST).write_text("\n".join([HEADER, *rows, excluded, ""]))
@@ -147,6 +150,7 @@ def test_a_frame_needs_both_files(tmp_path: Path) -> None:
 
 
 def test_folders_without_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LIST).write_text(HEADER)
     refused("holds no frames of Hypersim; unpack", Hypersim, tmp_path)
     refused("holds no frames of Virtual KITTI 2; unpack", VirtualKitti2, tmp_path)
     refused("nowhere is not a folder", VirtualKitti2, tmp_path / "nowhere")

@@ -27,10 +27,10 @@ class Hypersim:
     `scene_cam_XX_geometry_hdf5` its `frame.IIII.depth_meters.hdf5`: distances from the camera's centre, not a number
     where nothing is hit. Needs h5py.
 
-    `folder/metadata_images_split_scene_v1.csv` is the data set's own list. If it is there, frames that it excludes
-    from the public release are left out; with `split`, "train", "val" or "test", all but those of this part are.
-    Raises `InputError` for a folder without frames, a frame without its other file, and a list that is lacking or
-    wrong.
+    `folder/metadata_images_split_scene_v1.csv` is the data set's own list, of ml-hypersim's folder
+    evermotion_dataset/analysis. Frames that it excludes from the public release are left out; with `split`, "train",
+    "val" or "test", all but those of this part are. Raises `InputError` for a folder without frames, a frame without
+    its other file, and a list that is lacking or wrong.
     """
 
     def __init__(self, folder: str | Path, split: str | None = None):
@@ -41,9 +41,8 @@ class Hypersim:
         self._folder = _folder(folder)
         pictures = _found(self._folder, ["*/images/scene_*_final_preview/frame.*.tonemap.jpg"])
         depths = _found(self._folder, ["*/images/scene_*_geometry_hdf5/frame.*.depth_meters.hdf5"])
-        if split is not None or (self._folder / _LIST).exists():
-            splits = _read_splits(self._folder / _LIST)
-            pictures, depths = (_released(frames, splits, split) for frames in (pictures, depths))
+        splits = _read_splits(self._folder / _LIST)
+        pictures, depths = (_released(frames, splits, split) for frames in (pictures, depths))
         self._frames = _pairs(self._folder, pictures, depths, f"frames of Hypersim{f' in {split}' if split else ''}")
 
     def __len__(self) -> int:
@@ -135,7 +134,8 @@ def _read_splits(file: Path) -> _Frames:
     """The split of every frame in the list, `_EXCLUDED` for those that are not in the public release."""
     if not file.is_file():
         raise InputError(
-            f"{file} is not there; take it from https://github.com/apple/ml-hypersim, evermotion_dataset/analysis"
+            f"{file} is not there, which tells the splits and what is excluded; take it from "
+            "https://github.com/apple/ml-hypersim, evermotion_dataset/analysis"
         )
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
