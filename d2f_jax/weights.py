@@ -228,6 +228,12 @@ def component_folder(
     """
     root = TINY_SD if path_or_hub_id == "tiny-sd" else Path(path_or_hub_id)
     if not root.is_dir():
+        if root.suffix in (".ckpt", ".safetensors"):
+            raise InputError(
+                f"model {root} is {'' if root.exists() else 'not there, and would be '}one file; a folder is needed, "
+                "which diffusers (./launch/install.sh torch) makes of it: "
+                f'StableDiffusionPipeline.from_single_file("{root}").save_pretrained("FOLDER")'
+            )
         stems = (_DIFFUSERS, _TRANSFORMERS) if weights else ()
         root = _download(str(path_or_hub_id), component, stems, variant, revision)
     if (root / component).is_dir():

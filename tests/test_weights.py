@@ -191,6 +191,16 @@ def test_neither_folder_nor_hub_id() -> None:
         load_unet("no/where/at/all")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_single_file_is_no_folder(there: bool, tmp_path: Path) -> None:
+    file = tmp_path / "model.ckpt"
+    if there:
+        file.touch()
+    said = "is one file" if there else "is not there, and would be one file"
+    with pytest.raises(InputError, match=rf"model\.ckpt {said}; .*from_single_file\(\S+\)\.save_pretrained"):
+        load_unet(file)
+
+
 def test_only_what_is_needed_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twins.written(twins.vae(**twins.SMALL_VAE), tmp_path / "vae", variant="fp16")
     names = [
