@@ -1,6 +1,7 @@
 """How every program starts and ends: flags in, exit code out."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -43,12 +44,25 @@ def _guarded(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _told(InputError("interrupted; the same command goes on from the newest checkpoint"), EXIT_INTERRUPTED)
     except Exception as error:
+        if str(error).startswith("RESOURCE_EXHAUSTED") and "memory" in str(error):  # XLA's words, of compiling too
+            logging.info("out of memory", exc_info=error)  # with --verbosity=0: where it was
+            return _told(_too_large(error), EXIT_INPUT)
         if not _several():
             raise
         traceback.print_exc()
         place = f"process {jax.process_index()} of {jax.process_count()}"
         hint = "if it is about a connection, another process is gone; start the same command again on all hosts"
         return _told(RuntimeError(f"{type(error).__name__} in {place}: {hint}"), 1)
+
+
+def _too_large(error: Exception) -> InputError:
+    """What to change when the devices have no memory left."""
+    said = " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED:").split())
+    return InputError(
+        f"a device has not enough memory ({said[:160]}); of a step, raise config.train.accumulate, set "
+        "config.remat=elementwise, spread the state by config.mesh.fsdp, or lower config.train.batch_size; of drawing "
+        "and preparing, lower config.eval.batch_size or --batch_size"
+    )
 
 
 def cache_folder() -> Path:
@@ -94,13 +108,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
-    """ml_collections would tell of a missing one only when the config is first used, and of an override before it."""
-    for given in argv[1:]:
-        name, _, value = given.lstrip("-").partition("=")
-        if "config" in flags.FLAGS and name == "config" and value:
-            file = Path(value.partition(":")[0])
-            if not file.is_file():
-                raise InputError(f"--config: there is no file {file}; give one such as configs/quickstart.py")
+    """Refuses what ml_collections tells of in its own terms, late, or not at all."""
+    if "config" not in flags.FLAGS:
+        return
+    given = [argument for argument in argv[1:] if re.match(r"--?config\b", argument)]
+    files = [argument for argument in given if not re.match(r"--?config\.", argument)]
+    if files and given[0] != files[0]:
+        raise InputError(f"{given[0]} stands before --config; put --config=FILE first, what changes it after it")
+    if len(files) > 1:
+        raise InputError(
+            f"--config is given {len(files)} times, last as {files[-1]}; give it once, and quote what the shell would "
+            'take apart, as in "--config=configs/images.py:webdataset:shards/{000..219}.tar": { } ? & *'
+        )
+    if files and "=" in files[0]:
+        file = Path(files[0].partition("=")[2].partition(":")[0])
+        if not file.is_file():
+            raise InputError(f"--config: there is no file {file}; give one such as configs/quickstart.py")
+        if file.resolve().parent.name == "configs":  # whose files import each other, wherever the program was started
+            sys.path.append(str(file.resolve().parents[1]))
 
 
 def _refuse(error: Exception) -> None:

@@ -9,8 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import small
+
+from d2f_jax import program
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +75,42 @@ def test_missing_config_file(tmp_path: Path) -> None:
 
 def test_unknown_config_argument(tmp_path: Path) -> None:
     assert ":qlora" in refused(train(tmp_path / "run", config="configs/quickstart.py:qlora"))
+
+
+def test_an_override_before_the_config(tmp_path: Path) -> None:
+    given = ["--config.train.num_steps=3", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    assert "--config.train.num_steps=3 stands before --config; put --config=FILE" in refused(
+        start("d2f_jax.train", *given)
+    )
+
+
+def test_a_source_that_the_shell_took_apart(tmp_path: Path) -> None:
+    shards = [f"--config=configs/images.py:webdataset:{n}.tar" for n in range(3)]
+    line = refused(start("d2f_jax.train", *shards, f"--workdir={tmp_path / 'run'}"))
+    assert "--config is given 3 times, last as --config=configs/images.py:webdataset:2.tar" in line and "quote" in line
+
+
+def test_a_config_by_its_absolute_path(tmp_path: Path) -> None:
+    """Its file imports others of its folder, though only the package is installed and the program starts elsewhere."""
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "d2f_jax").symlink_to(ROOT / "d2f_jax")
+    config = f"--config={ROOT / 'configs/depth.py'}:diff2flow"
+    result = subprocess.run(
+        [sys.executable, "-m", "d2f_jax.train", config, "--workdir=run", "--config.train.batch_size=0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert "batch_size=0" in refused(result)
+
+
+def test_out_of_memory_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code = program._guarded(lambda: jax.block_until_ready(jnp.zeros((2**20, 2**20, 2**10))))
+    told = capsys.readouterr().err
+    assert code == 2 and told.count("\n") == 1 and told.startswith("error: a device has not enough memory (")
+    for name in ("train.accumulate", "remat=elementwise", "mesh.fsdp", "train.batch_size", "eval.batch_size"):
+        assert f"config.{name}" in told
 
 
 def test_missing_flags() -> None:
