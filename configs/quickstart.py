@@ -31,6 +31,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.model = "tiny-sd"  # diffusers folder, hub id, or the embedded "tiny-sd"
     config.variant = ""  # of the weights' files: "fp16", "bf16", or "" for the plain ones
+    # The schedule's last timestep made pure noise, as diffusers' rescale_betas_zero_snr: for the training, what it is
+    # compared with and the export. False leaves the model's own schedule; impossible with an epsilon model
+    config.zero_terminal_snr = False
     config.init_from = ""  # checkpoints/ of another run of the same model, whose averaged weights this one begins with
     config.seed = 0  # of data order, noise, times and adapters; never of the evaluation's noise
     config.compute_dtype = "float32"  # of the networks; "bfloat16" on TPU and GPU. Parameters stay float32
@@ -63,7 +66,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.data = ConfigDict()
     # What to train on, one or several: "shapes_world", "image_folder:FOLDER", "webdataset:{000..127}.tar",
-    # "tfds:NAME?split=train&text=caption", "array_record:FOLDER" as d2f_jax.prepare writes it
+    # "tfds:NAME?split=train&text=caption", "array_record:FOLDER" as d2f_jax.prepare and d2f_jax.reflow write it; with
+    # depth "hypersim:FOLDER?split=train", "vkitti2:FOLDER", "depth_list:FILE?root=FOLDER&protocol=nyuv2"; and
+    # "uniform_colours:black,white"
     config.data.sources = ("shapes_world",)
     config.data.weights = ()  # share of each source in a batch; () is equal shares
     config.data.held_out = 0  # examples of each source kept for the validation loss, if it has none of its own

@@ -87,7 +87,8 @@ def make_pipeline(config: Config, configs: dict[str, dict[str, Any]]) -> Pipelin
     def for_task() -> UNet2DConditionModel:
         return dataclasses.replace(pipeline, unet=build(UNet2DConditionModel, unet_config)).for_task(wanted).unet
 
-    return dataclasses.replace(pipeline, unet=nnx.eval_shape(for_task), task=wanted)
+    made = dataclasses.replace(pipeline, unet=nnx.eval_shape(for_task), task=wanted)
+    return prior.scheduled(made, config)
 
 
 def batch_arrays(config: Config) -> tuple[str, tuple[str, ...]]:

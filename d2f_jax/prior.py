@@ -11,20 +11,40 @@ from jax.sharding import Mesh
 
 from d2f_jax import lora, sharding
 from d2f_jax import step as steps
+from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
+from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.settings import make_objective, make_task
 
 
 def load(config: Config) -> Pipeline:
     """Raises InputError for a model that cannot be loaded, or cannot learn the config's task."""
-    return Pipeline.from_pretrained(
+    pipeline = Pipeline.from_pretrained(
         config.model,
         variant=config.variant or None,
         dtype=config.compute_dtype,
         alignment=make_objective(config).alignment,
-    ).for_task(make_task(config))
+    )
+    return scheduled(pipeline, config).for_task(make_task(config))
+
+
+def scheduled(pipeline: Pipeline, config: Config) -> Pipeline:
+    """The pipeline with a schedule that ends in pure noise, if the config wants it; an export then says so, too.
+
+    Raises InputError for an epsilon model.
+    """
+    if not config.zero_terminal_snr:
+        return pipeline
+    if pipeline.schedule.prediction_type == "epsilon":
+        raise InputError(
+            f"config.zero_terminal_snr=True: {config.model} predicts epsilon, which tells nothing where all is noise; "
+            "use False, or a v_prediction model"
+        )
+    scheduler_config = pipeline.scheduler_config | {"rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_config(scheduler_config)
+    return dataclasses.replace(pipeline, scheduler_config=scheduler_config, schedule=schedule)
 
 
 def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:
