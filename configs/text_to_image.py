@@ -9,11 +9,12 @@ Without `sd15` it is the paper's resolution adaptation: Stable Diffusion 2.1, ma
 made at 512. The small run adapts tiny-sd from 64 pixels to 48.
 
 Of the paper's published code are rate, batch size (which a comment of its recommends), caption dropout, Adam without
-decay, and the average; it clips no gradients and sets no end. Of ours is bfloat16 where it has float32. PREPARED is
-what d2f_jax.prepare makes of pictures, with this config as well; they are mirrored half of the time. The small run
-takes a few minutes on two CPU cores. The large one was not run: its 20,000 steps of 128 pictures of 2.36 TFLOP (by
-XLA's count; 2.15, and 1.2 a step, with lora_base) would be 21 hours of a TPU v5e chip or 4 of an H100 at 40% of their
-peak, whichever model it is. d2f_jax.plan tells what a topology needs for it.
+decay, the average, and diff2flow's schedule that ends in pure noise for Stable Diffusion 2.1; it clips no gradients and
+sets no end. Of ours is bfloat16 where it has float32. PREPARED is what d2f_jax.prepare makes of pictures, with this
+config as well; they are mirrored half of the time. The small run takes a few minutes on two CPU cores. The large one
+was not run: its 20,000 steps of 128 pictures of 2.36 TFLOP (by XLA's count; 2.15, and 1.2 a step, with lora_base) would
+be 21 hours of a TPU v5e chip or 4 of an H100 at 40% of their peak, whichever model it is. d2f_jax.plan tells what a
+topology needs for it.
 """
 
 from typing import Any, get_args
@@ -36,6 +37,7 @@ def get_config(arg: str = "diff2flow") -> ConfigDict:
             PUBLISHED
             | {
                 "model": model,
+                "zero_terminal_snr": zero_terminal_snr(name, model),
                 "data.sources": (source,),
                 "data.random_flip": True,
                 "train.learning_rate": 1e-5,
@@ -47,6 +49,11 @@ def get_config(arg: str = "diff2flow") -> ConfigDict:
 def objective(name: str) -> dict[str, Any]:
     """Naive flow matching gets t itself as its timestep, as the paper's baseline."""
     return {"objective.name": name, "objective.raw_time": name == "flow_matching"}
+
+
+def zero_terminal_snr(name: str, model: str) -> bool:
+    """As in the published code: of its objectives for Diff2Flow alone, and not for Stable Diffusion 1.5's epsilon."""
+    return name == "diff2flow" and model == SD21
 
 
 PUBLISHED = {

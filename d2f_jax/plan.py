@@ -1,4 +1,4 @@
-"""What a finetune, or sampling, needs of TPUs, before any is rented.
+"""What a finetune, or sampling, needs of TPUs, before any is rented; of GPUs it tells nothing.
 
     ./launch/install.sh tpu
     python -m d2f_jax.plan --config=configs/X.py --topology=v5e:4x8 [--batch_size=N] [--program=sample] [--search]
