@@ -38,7 +38,10 @@ CONFIGS = {
         for source in ("", f":{SOURCE}")
     ),
     reflow: tuple(
-        f"{name}{rest}" for name in text_to_image.OBJECTIVES for rest in ("", f":{SOURCE}", f":small:{SOURCE}")
+        f"{name}{lora}{rest}"
+        for name in text_to_image.OBJECTIVES
+        for lora in ("", ":lora_small")
+        for rest in ("", f":{SOURCE}", f":small:{SOURCE}")
     ),
 }
 
