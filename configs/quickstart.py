@@ -133,9 +133,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.sources = ()  # pictures to draw and judge; () is what is held out of data.sources
     config.eval.sampler = "euler"  # or another of d2f_jax.sample's
     config.eval.shift = 1.0  # of its steps towards noise
+    config.eval.eta = 0.0  # of ddim: the share of noise that is drawn anew, 1 is DDPM
     config.eval.num_images = 128  # for the scores, at most
     config.eval.batch_size = 64
     config.eval.guidance_scale = 3.0
+    config.eval.guidance_rescale = 0.0  # 0.7 keeps strong guidance from glaring
+    config.eval.negative_prompt = ""  # what to steer away from
     config.eval.seed = 1234  # of the noise that every row of the table starts from
     config.eval.grid_images = 4  # in each cell of the picture
 
@@ -151,7 +154,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.reflow.sampler = "ddim"
     config.reflow.num_steps = 25
     config.reflow.shift = 1.0
+    config.reflow.eta = 0.0
     config.reflow.guidance_scale = 3.0
+    config.reflow.guidance_rescale = 0.0
+    config.reflow.negative_prompt = ""
 
     config.wandb_project = ""  # Weights & Biases, beside metrics.jsonl and TensorBoard
     return config.lock()

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from d2f_jax import datasets, distributed, prior, program, settings, sharding
+from d2f_jax import datasets, distributed, prior, program, settings
 from d2f_jax import step as steps
 from d2f_jax.data import prepared, records
 from d2f_jax.data.fit import Fit, Row, make_row, spec_of
@@ -138,7 +138,7 @@ def fill(
 
 def check(config: Config, options: Options) -> None:
     """Raises InputError for a config that cannot be prepared."""
-    settings.check(config, sharding.make_mesh(devices=jax.local_devices()[:1]))  # the training's devices are not these
+    settings.check_values(config)
     if options.latents not in get_args(Latents):
         raise InputError(f"--latents={options.latents} is none of {', '.join(get_args(Latents))}")
     for name in ("shard_size", "batch_size"):

@@ -11,23 +11,35 @@ from jax.sharding import Mesh
 
 from d2f_jax import lora, sharding
 from d2f_jax import step as steps
+from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from d2f_jax.schedule import NoiseSchedule
-from d2f_jax.settings import make_objective, make_task
+from d2f_jax.settings import check_task, make_objective, make_task
 
 
 def load(config: Config) -> Pipeline:
-    """Raises InputError for a model that cannot be loaded, or cannot learn the config's task."""
-    pipeline = Pipeline.from_pretrained(
-        config.model,
-        variant=config.variant or None,
-        dtype=config.compute_dtype,
-        alignment=make_objective(config).alignment,
-    )
-    return scheduled(pipeline, config).for_task(make_task(config))
+    """Made to learn the config's task, and to flow by its objective, whatever the checkpoint itself records.
+
+    Raises InputError for a model that cannot be loaded, or cannot learn that.
+    """
+    return scheduled(_read(config, make_objective(config).alignment), config).for_task(make_task(config))
+
+
+def load_as_it_is(config: Config, *, adapters: str | None = None, convention: Convention | None = None) -> Pipeline:
+    """To be looked at, not trained: task and flow are what the checkpoint, or a file of `adapters`, records of itself.
+
+    `config.objective` has no part in it. What records no alignment, as no diffusion model does, is aligned: exactly,
+    unless `convention` says otherwise. Raises InputError for a model or file that cannot be loaded, and where
+    `config.task` asks for another task.
+    """
+    pipeline = _read(config, Alignment(convention=convention) if convention else None)
+    if adapters is not None:
+        pipeline = pipeline.with_lora(adapters)
+    check_task(config, pipeline.task)
+    return pipeline
 
 
 def scheduled(pipeline: Pipeline, config: Config) -> Pipeline:
@@ -116,3 +128,8 @@ def filled(pipeline: Pipeline, unet: steps.UNetParams, frozen: steps.Frozen, ima
     sample_size = height if height == width else (height, width)
     networks["unet"].config = dataclasses.replace(networks["unet"].config, sample_size=sample_size)
     return dataclasses.replace(pipeline, **networks, adapters=unet.adapters)
+
+
+def _read(config: Config, alignment: Alignment | None) -> Pipeline:
+    variant = config.variant or None
+    return Pipeline.from_pretrained(config.model, variant=variant, dtype=config.compute_dtype, alignment=alignment)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from d2f_jax import lora, sampling, sharding
 from d2f_jax.alignment import Alignment
+from d2f_jax.errors import InputError
 from d2f_jax.models.attention import split_over
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
@@ -68,8 +69,17 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
     Of a "trajectory" they are [B, N+1, H, W, C], the flow's states at all points of the grid.
 
     `(unet, vae, text_encoder, adapters, ids_BxL, negative_BxL, start, keys_Bx2, pictures, grid, (scale, rescale))`;
-    parameters are states, `pictures` uint8 [B, H, W, 3] what depth is made of, else None.
+    parameters are states, `pictures` uint8 [B, H, W, 3] what depth is made of, else None. Raises InputError for DDIM of
+    a flow that is no diffusion model.
     """
+    if how.name.startswith("ddim"):
+        if model.task.start == "image":
+            raise InputError(f"sampler={how.name!r} starts at noise, this model's flow at the picture; use euler")
+        if not model.alignment.complete:
+            raise InputError(
+                f"sampler={how.name!r} is of diffusion models and of flows aligned with them, and this model's flow is "
+                "not; use euler"
+            )
 
     def latents(
         unet_state, vae_state, text_state, adapters, ids_BxL, negative_BxL, start, keys, pictures, grid, guidance

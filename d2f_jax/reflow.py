@@ -4,13 +4,14 @@
     python -m d2f_jax.train --config=configs/images.py:array_record:DIR --workdir=WORKDIR ...
 
 Captions are those of `config.data`, from the first again when there are fewer than `config.reflow.count`; sampler,
-steps and guidance are `config.reflow`'s. DIR is written as by `d2f_jax.prepare`, and goes on likewise when it was
-killed; a pair depends on the config's seed and its number alone. The teacher's VAE and text encoder must be the
-student's.
+steps and guidance are `config.reflow`'s. The teacher flows as its export records, whatever `config.objective` trains
+the student by. DIR is written as by `d2f_jax.prepare`, and goes on likewise when it was killed; a pair depends on the
+config's seed and its number alone. The teacher's VAE and text encoder must be the student's.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from d2f_jax import datasets, distributed, pipeline, prepare, prior, program, programs, settings
+from d2f_jax.alignment import Convention
 from d2f_jax.data.fit import Row
 from d2f_jax.data.prepared import Manifest, Split
 from d2f_jax.data.sources import Source
@@ -40,29 +42,32 @@ def main() -> None:
     if given.model is not None:
         given.config.model = given.model
     options = prepare.Options(latents="mean", shard_size=given.shard_size, batch_size=given.batch_size)
-    manifest = reflow(given.config, Path(given.out), options)
+    manifest = reflow(given.config, Path(given.out), options, convention=given.convention)
     if distributed.is_main():
         for split, shards in manifest.shards.items():
             print(f"{split}: {sum(shard.count for shard in shards)} pairs")
         print(f"pairs: {given.out}")
 
 
-def reflow(config: Config, folder: Path, options: prepare.Options) -> Manifest:
-    """Fills `folder`, or goes on filling it, and tells what is in it. Raises InputError as `prepare.prepare`."""
+def reflow(config: Config, folder: Path, options: prepare.Options, *, convention: Convention | None = None) -> Manifest:
+    """Fills `folder`, or goes on filling it, and tells what is in it.
+
+    Raises InputError as `prepare.prepare`, and for a teacher that `config.reflow` cannot sample.
+    """
     prepare.check(config, options)
     if config.task.name != "text_to_image":
         raise InputError(f"config.task.name={config.task.name}: pairs are made of captions; use text_to_image")
-    teacher, wanted = prior.load(config), config.reflow
-    sampler = settings.reflow_sampler(config)
+    teacher, wanted = prior.load_as_it_is(config, convention=convention), config.reflow
+    encode = make_teacher(teacher, settings.reflow_sampler(config), config, options.batch_size)
     sources = prepare.open_splits(config, folder, teacher)
     counts: dict[Split, int] = {"train": wanted.count}
     if wanted.num_validation and "validation" in sources:
         counts["validation"] = wanted.num_validation
-    plan = prepare.make_plan(config, options, teacher, counts, teacher={**wanted.to_dict(), "seed": config.seed})
+    made_by = {**wanted.to_dict(), "seed": config.seed, "convention": convention}
+    plan = prepare.make_plan(config, options, teacher, counts, teacher=made_by)
     readers: dict[Split, prepare.Read] = {
         split: _Captions(sources[split], _VALIDATION * (split == "validation")) for split in counts
     }
-    encode = make_teacher(teacher, sampler, config, options.batch_size)
     names = ("latent_mean", "noise", "text_states")
     return prepare.fill(folder, plan, config, readers, encode, names, {"text": "", "index": 0}, options.batch_size)
 
@@ -101,7 +106,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
 
         root = jax.random.key(config.seed)
         noise, keys = jax.vmap(drawn)(index_B)
-        guidance = np.array((wanted.guidance_scale, 0.0), np.float32)
+        guidance = np.array((wanted.guidance_scale, wanted.guidance_rescale), np.float32)
         latents = compute(*params, {}, ids_BxL, negative_BxL, noise, keys, None, grid, guidance)
         return {"noise": noise, "latent_mean": latents / scale, "text_states": nnx.merge(text_def, params[2])(ids_BxL)}
 
@@ -109,7 +114,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
         missing = batch_size * mesh.size - len(rows)
         texts = [row["text"] for row in rows] + [""] * missing
         index_B = np.array([row["index"] for row in rows] + [0] * missing, np.uint32)
-        batch = teacher.tokenize(texts), teacher.tokenize([""] * len(texts)), index_B
+        batch = teacher.tokenize(texts), teacher.tokenize([wanted.negative_prompt] * len(texts)), index_B
         return program(params, *jax.device_put(batch, NamedSharding(mesh, P("images"))))
 
     return encode
@@ -118,6 +123,9 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Captions, teacher and config.reflow: a file of configs/.")
     flags.DEFINE_string("model", None, "The teacher: diffusers folder or hub id; config.model if not given.")
+    flags.DEFINE_enum(
+        "convention", None, get_args(Convention), "reference: the teacher is of the paper's published code."
+    )
     flags.DEFINE_string("out", None, "Folder to fill; an earlier start of the same command goes on.")
     flags.DEFINE_integer("shard_size", 1024, "Pairs in a file.")
     flags.DEFINE_integer("batch_size", 8, "Pairs that each device works on at once.")

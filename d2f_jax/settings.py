@@ -1,5 +1,6 @@
 """What a config may say, and whose a workdir is: all that is refused before anything is loaded or written."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +26,7 @@ _CHOICES = {
     "data.crop": ("center", "random"),
     "data.on_damage": ("stop", "skip"),
     "eval.depth.space": get_args(metrics.DepthSpace),
-    "eval.depth.protocol": tuple(metrics.DEPTH_PROTOCOLS),
+    "eval.depth.protocol": ("", *metrics.DEPTH_PROTOCOLS),
     "train.optimizer": get_args(optim.Name),
     "train.schedule": get_args(optim.Schedule),
     "train.first_moment_dtype": ("float32", "bfloat16"),
@@ -65,7 +66,9 @@ _LEAST = {
     "reflow.count": 1,
     "reflow.num_validation": 0,
     "reflow.num_steps": 1,
+    "reflow.guidance_rescale": 0,
     "eval.every": 1,
+    "eval.guidance_rescale": 0,
     "eval.seed": 0,
     "eval.num_loss_examples": 1,
     "eval.num_images": 2,
@@ -76,6 +79,8 @@ _LEAST = {
 _MOST = {
     **{f"lora.{group}_ratio": 1 for group in _LORA_GROUPS},
     "data.caption_dropout": 1,
+    "reflow.guidance_rescale": 1,
+    "eval.guidance_rescale": 1,
     "train.ema_decay": 1,
     "train.final_rate": 1,
     "train.b1": 0.99999,
@@ -98,8 +103,14 @@ FREE = (
 
 
 def check(config: Config, mesh: Mesh) -> None:
-    """Raises InputError for a value that no run can have, and for a batch that the mesh does not divide."""
+    """Raises InputError for a value that no run can have, and for what one that trains on this mesh cannot."""
     check_values(config)
+    alignment, task, sampler = make_objective(config).alignment, make_task(config), eval_sampler(config)
+    if sampler.name.startswith("ddim") and not (alignment.complete and task.start == "noise"):
+        raise InputError(
+            f"config.eval.sampler={sampler.name} draws with a diffusion model, which the flow of this objective and "
+            "task is not; use euler"
+        )
     sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
 
 
@@ -118,11 +129,8 @@ def check_values(config: Config) -> None:
         if value > _MOST.get(name, value):
             raise InputError(f"config.{name}={value} is too large; use {_MOST[name]} or less")
     objective, task = make_objective(config), make_task(config)
-    if task.start != "noise" and (objective.name == "diffusion" or eval_sampler(config).name.startswith("ddim")):
-        raise InputError(
-            f"config.task.start={task.start}: diffusion, and DDIM, start at noise; use diff2flow or flow_matching, and "
-            "a config.eval.sampler of the flow's"
-        )
+    if task.start != "noise" and objective.name == "diffusion":
+        raise InputError(f"config.task.start={task.start}: diffusion starts at noise; use diff2flow or flow_matching")
     if task.adapters and not (config.lora.enabled and (config.lora.conv_rank or config.lora.conv_ratio)):
         raise InputError("config.task.adapters=True without adapters of convolutions; use :lora_base, or set conv_rank")
     eval_sampler(config)
@@ -179,6 +187,24 @@ def make_task(config: Config) -> Task:
     return Task(**config.task.to_dict())
 
 
+def check_task(config: Config, has: Task) -> None:
+    """Raises InputError unless `config.task` is the task `has` that a model has learned, or says but its name."""
+    wanted = make_task(config)
+    if wanted in (has, Task(has.name)):
+        return
+    if wanted.adapters and not has.adapters:
+        raise InputError(
+            f"config.task.adapters=True, but {config.model} has no adapters that see the picture; give --lora=FILE"
+        )
+    names = [f.name for f in dataclasses.fields(Task) if getattr(wanted, f.name) != getattr(has, f.name)]
+    told = [
+        f"config.task.{name}={getattr(wanted, name)}, but {config.model} has learned {getattr(has, name)}; set "
+        f"--config.task.{name}={getattr(has, name)}"
+        for name in (names[:1] if names[0] == "name" else names)
+    ]
+    raise InputError(", and ".join(told))
+
+
 def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
     train = config.train
     return optim.OptimizerOptions(
@@ -198,12 +224,17 @@ def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
 
 def eval_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    return Sampler(config.eval.sampler, shift=config.eval.shift)
+    return Sampler(config.eval.sampler, shift=config.eval.shift, eta=config.eval.eta)
 
 
 def reflow_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    return Sampler(config.reflow.sampler, shift=config.reflow.shift)
+    return Sampler(config.reflow.sampler, shift=config.reflow.shift, eta=config.reflow.eta)
+
+
+def guidance(config: Config) -> dict[str, Any]:
+    """Of `config.eval`, by the names of a pipeline's arguments."""
+    return {name: config.eval[name] for name in ("guidance_scale", "guidance_rescale", "negative_prompt")}
 
 
 def claim(workdir: Path, config: Config) -> None:

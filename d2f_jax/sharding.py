@@ -149,9 +149,8 @@ def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     parts = mesh.size * accumulate
     if batch_size < 1 or batch_size % parts:
         times = f" x {accumulate} parts (config.train.accumulate)" if accumulate > 1 else ""
-        raise InputError(
-            f"batch_size={batch_size} does not divide over {mesh.size} devices{times}; use a multiple of {parts}"
-        )
+        told = f"config.train.batch_size={batch_size} does not divide over {mesh.size} devices{times}"
+        raise InputError(f"{told}; use a multiple of {parts}")
 
 
 def _filled(data: int, fsdp: int, count: int) -> tuple[int, int]:

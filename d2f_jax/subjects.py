@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from d2f_jax import datasets, metrics
+from d2f_jax import datasets, metrics, settings
 from d2f_jax.data.depth import normalised
 from d2f_jax.data.fit import picture_and_depth
 from d2f_jax.data.sources import Example
@@ -46,7 +46,7 @@ def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subj
         return pipeline(
             [prompts[i] for i in rows],
             num_steps=num_steps,
-            guidance_scale=wanted.guidance_scale,
+            **settings.guidance(config),
             seed=wanted.seed,
             first=rows[0],
             height=height,

@@ -1,6 +1,9 @@
 """Pairs for reflow: the noise and what the teacher makes of it, the same however they came about, and trained on."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,13 @@ from ml_collections import ConfigDict
 
 from configs import images, quickstart
 from d2f_jax import InputError, Pipeline, train
+from d2f_jax.alignment import Alignment
 from d2f_jax.data.prepared import PreparedSource
 from d2f_jax.pipeline import STEPS
 from d2f_jax.prepare import Options
 from d2f_jax.reflow import reflow
 from d2f_jax.sampler import Sampler
+from d2f_jax.settings import flat
 
 OPTIONS = Options(latents="mean", shard_size=4, batch_size=1)
 COUNT, CAPTIONS = 10, 6
@@ -25,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_pipeline(tmp_path_factory.mktemp("model"))
 
 
-def config(model: Path, sampler: str) -> ConfigDict:
+def config(model: Path, sampler: str, **changes: object) -> ConfigDict:
     config = quickstart.get_config()
     config.update_from_flattened_dict(
         {
@@ -39,6 +44,9 @@ def config(model: Path, sampler: str) -> ConfigDict:
             "reflow.num_validation": 2,
             "reflow.num_steps": 3,
             "reflow.sampler": sampler,
+            "reflow.guidance_rescale": 0.5,
+            "reflow.negative_prompt": "a cone",
+            **changes,
         }
     )
     return config
@@ -51,19 +59,29 @@ def made(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.T
     return request.param, folder
 
 
-def test_a_pair_is_what_the_pipeline_samples(made: tuple[str, Path], model: Path) -> None:
-    sampler, folder = made
-    teacher, pairs = Pipeline.from_pretrained(model), PreparedSource(folder)
-    assert len(pairs) == COUNT and len(PreparedSource(folder, "validation")) == 2
-    assert pairs[0]["text"] == pairs[CAPTIONS]["text"] != pairs[1]["text"]
-    for i in (0, CAPTIONS, COUNT - 1):
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def assert_sampled(folder: Path, teacher: Pipeline, sampler: str, *numbers: int) -> None:
+    pairs = PreparedSource(folder)
+    for i in numbers:
         pair = pairs[i]
         np.testing.assert_allclose(pair["noise"], teacher.noise(3, 1, 16, 24, first=i)[0], rtol=1e-6, atol=1e-6)
-        options = {"num_steps": 3, "guidance_scale": 3.0, "seed": 3, "first": i, "height": 16, "width": 24}
+        options = {"num_steps": 3, "seed": 3, "first": i, "height": 16, "width": 24}
+        options |= {"guidance_scale": 3.0, "guidance_rescale": 0.5, "negative_prompt": "a cone"}
         image = teacher(pair["text"], sampler=Sampler(sampler), **options)[0].astype(int)
         latent = np.asarray(pair["latent_mean"], np.float32)[None]
         decoded = np.clip(np.asarray(teacher.vae.decode(latent))[0] / 2 + 0.5, 0, 1) * 255
         assert np.abs(decoded - image).max() <= 2  # latents are float16
+
+
+def test_a_pair_is_what_the_pipeline_samples(made: tuple[str, Path], model: Path) -> None:
+    sampler, folder = made
+    pairs = PreparedSource(folder)
+    assert len(pairs) == COUNT and len(PreparedSource(folder, "validation")) == 2
+    assert pairs[0]["text"] == pairs[CAPTIONS]["text"] != pairs[1]["text"]
+    assert_sampled(folder, Pipeline.from_pretrained(model), sampler, 0, CAPTIONS, COUNT - 1)
     # No two pairs begin alike, neither over captions that come again nor over splits.
     every = [p["noise"] for s in ("train", "validation") for p in PreparedSource(folder, s)]
     assert len({array.tobytes() for array in every}) == COUNT + 2
@@ -72,12 +90,46 @@ def test_a_pair_is_what_the_pipeline_samples(made: tuple[str, Path], model: Path
 
 def test_what_was_lost_is_made_again_alike(made: tuple[str, Path], model: Path) -> None:
     sampler, folder = made
-    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    before = files(folder)
     lost = folder / "train-00001-of-00003.array_record"
     lost.unlink()
     (folder / "manifest.json").unlink()
     reflow(config(model, sampler), folder, OPTIONS)
-    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    assert files(folder) == before
+
+
+def test_the_teacher_flows_as_it_records_whatever_the_student_learns(
+    made: tuple[str, Path], model: Path, tmp_path: Path
+) -> None:
+    sampler, folder = made
+    if sampler != "heun":
+        pytest.skip("one sampler is enough")
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    student = {"objective.name": "flow_matching", "objective.raw_time": True}
+    reflow(config(model, sampler, **student), tmp_path / "pairs", OPTIONS)
+    assert files(tmp_path / "pairs") == files(folder)
+    dataclasses.replace(Pipeline.from_pretrained(model), alignment=naive).save_pretrained(tmp_path / "naive")
+    few = {"reflow.count": 2, "reflow.num_validation": 0, "data.sources": (f"shapes_world:{folder / 'data'}",)}
+    reflow(config(tmp_path / "naive", sampler, **few), tmp_path / "of_naive", OPTIONS)
+    assert_sampled(tmp_path / "of_naive", Pipeline.from_pretrained(tmp_path / "naive"), sampler, 1)
+    with pytest.raises(InputError, match="sampler='ddim' is of diffusion models and of flows aligned with them"):
+        reflow(config(tmp_path / "naive", "ddim"), tmp_path / "none", OPTIONS)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_program_makes_the_same(made: tuple[str, Path], model: Path, tmp_path: Path) -> None:
+    sampler, folder = made
+    if sampler != "heun":
+        pytest.skip("one sampler is enough")
+    wanted = flat(config(model, sampler, **{"data.num_train": CAPTIONS}).to_dict())
+    usual = flat(quickstart.get_config().to_dict())
+    changed = [f"--{key}={value}" for key, value in wanted.items() if value != usual[key] and key != "config.model"]
+    command = [sys.executable, "-m", "d2f_jax.reflow", "--config=configs/quickstart.py", *changed]
+    command += [f"--model={model}", f"--out={tmp_path}", "--shard_size=4", "--batch_size=1"]
+    told = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "train: 10 pairs\nvalidation: 2 pairs" in told.stdout
+    assert files(tmp_path) == files(folder)
 
 
 def test_another_teacher_gets_another_folder(made: tuple[str, Path], model: Path) -> None:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import depth, images, quickstart, reflow, text_to_image
 from d2f_jax import InputError, flow, settings, sharding, train
+from d2f_jax.sampler import Sampler
 
 MESH = sharding.make_mesh(2, 4)
 
@@ -86,6 +87,13 @@ def test_an_objective_that_is_not_known(file: ModuleType) -> None:
         ),
         ({"eval.sampler": "eulr"}, "sampler='eulr' is not one of euler, heun"),
         ({"reflow.shift": 3.0}, "ddim has its own"),
+        ({"eval.eta": 1.0}, "eta=1.0 is DDIM's, not of sampler='euler'"),
+        ({"reflow.eta": 1.5}, "eta=1.5 is not between"),
+        (
+            {"objective.name": "flow_matching", "eval.sampler": "ddim"},
+            r"config\.eval\.sampler=ddim draws with a diffusion model, which the flow of this objective",
+        ),
+        ({"objective.align": ("state",), "eval.sampler": "ddim_on_flow_grid"}, "eval.sampler=ddim_on_flow_grid draws"),
     ],
 )
 def test_what_does_not_go_together(changes: dict, said: str) -> None:
@@ -111,6 +119,12 @@ def test_objectives_differ_by_what_they_align(changes: dict, aligned: set[str]) 
     assert made.alignment.raw_time == changes.get("objective.raw_time", False)
     path = flow.Path(changes.get("objective.path", "linear"), changes.get("objective.sigma_min", 0.0))
     assert made.alignment.flow_path == path
+
+
+def test_samplers_are_what_the_config_says() -> None:
+    config = changed(**{"eval.sampler": "ddim", "eval.eta": 0.5, "reflow.sampler": "heun", "reflow.shift": 2.0})
+    assert settings.eval_sampler(config) == Sampler("ddim", eta=0.5)
+    assert settings.reflow_sampler(config) == Sampler("heun", shift=2.0)
 
 
 CHOICES = {
@@ -163,6 +177,8 @@ def test_a_choice_is_one_of_those_named(name: str, other: str) -> None:
         ("eval.every", 0, "use 1 or more"),
         ("eval.num_images", 1, "use 2 or more"),
         ("eval.seed", -1, "use 0 or more"),
+        ("eval.guidance_rescale", 1.5, "use 1 or less"),
+        ("reflow.guidance_rescale", -0.1, "use 0 or more"),
         ("eval.step_counts", (1, 0), "give whole numbers"),
         ("eval.step_counts", (), "give whole numbers"),
         ("train.profile_steps", (3,), "give the first and the last step"),

@@ -319,7 +319,7 @@ def test_a_batch_divides_over_devices_and_parts(batch_size: int, accumulate: int
     if batch_size > 0 and batch_size % count == 0:
         sharding.check_batch_size(batch_size, accumulate, mesh)
         return
-    with pytest.raises(InputError, match=f"^batch_size={batch_size} .* a multiple of {count}$") as error:
+    with pytest.raises(InputError, match=f"^config.train.batch_size={batch_size} .* a multiple of {count}$") as error:
         sharding.check_batch_size(batch_size, accumulate, mesh)
     assert f"{devices} devices" in str(error.value)
     assert ("config.train.accumulate" in str(error.value)) == (accumulate > 1)
