@@ -145,8 +145,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.depth = ConfigDict()  # how depth is judged
     config.eval.depth.ensemble = 1  # estimates that are merged for each picture
     config.eval.depth.space = "log"  # what estimates are affine in: "log" of depth, as trained here, or "linear"
-    config.eval.depth.protocol = "all"  # pixels that are measured; or those of a benchmark: "nyuv2", "kitti",
-    # "kitti_garg", "eth3d", "scannet", "diode". By d2f_jax.evaluate, at the pictures' own size
+    # The benchmark whose pixels count for d2f_jax.evaluate, at the pictures' own size: "nyuv2", "kitti", "kitti_garg",
+    # "eth3d", "scannet", "diode", or "all" that are measured; "" is the source's own, or all of one that names none
+    config.eval.depth.protocol = ""
 
     config.reflow = ConfigDict()  # of d2f_jax.reflow: how the teacher makes its pairs
     config.reflow.count = 4096

@@ -1,5 +1,6 @@
 """The data of a run: the sources its config names, opened, and what of them is held out."""
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterator
@@ -13,12 +14,13 @@ from jax.sharding import Mesh
 from d2f_jax import distributed, sharding
 from d2f_jax.checkpoint import Position
 from d2f_jax.data import prepared
+from d2f_jax.data.depth_lists import DepthList
 from d2f_jax.data.fit import Fit
 from d2f_jax.data.loader import OnDamage, train_batches
 from d2f_jax.data.open import open_source
 from d2f_jax.data.prepared import PreparedSource
 from d2f_jax.data.shapes_world import shapes_world
-from d2f_jax.data.sources import Example, Source, held_out, joined
+from d2f_jax.data.sources import Example, Source, held_out, joined, thinned
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
@@ -42,6 +44,7 @@ class Data:
     downsampling: int  # pixels of an image to one of its latent
     null_text: np.ndarray | None  # text states of the empty caption, where captions come encoded
     on_damage: OnDamage
+    neighbours_alike: bool  # as frames of one scene are: what is shown is then spread over each source
 
     def position(self) -> Position:
         """What decides, beside the config and the step, which examples come next."""
@@ -58,17 +61,24 @@ class Data:
 
     def examples(self, count: int) -> list[Example]:
         """At most `count` examples to draw. Raises InputError as `reading`."""
-        return list(itertools.islice(self.reading(), count))
+        return list(self.reading(count))
 
-    def reading(self) -> Iterator[Example]:
-        """All examples to draw, in turn from each source, each of them read when its turn has come.
+    def reading(self, count: int) -> Iterator[Example]:
+        """At most `count` examples to draw, in turn from each source, each of them read when its turn has come.
 
-        Raises InputError for one that cannot be read, unless such are skipped.
+        They are the first of each source, or evenly spread over it. Raises InputError for one that cannot be read,
+        unless such are skipped: of the first, others follow.
         """
-        turns = itertools.zip_longest(*(range(len(source)) for source in self.shown))
-        for k, i in ((k, i) for turn in turns for k, i in enumerate(turn) if i is not None):
+        shown = self.shown
+        if self.neighbours_alike:
+            shares = collections.Counter(k for k, _ in itertools.islice(_turns(shown), count))
+            shown = [thinned(source, shares[k]) for k, source in enumerate(shown)]
+        return itertools.islice(self._readable(shown), count)
+
+    def _readable(self, sources: list[Source]) -> Iterator[Example]:
+        for k, i in _turns(sources):
             try:
-                example = self.shown[k][i]
+                example = sources[k][i]
             except (InputError, OSError) as error:
                 if self.on_damage == "stop":
                     raise InputError(f"example {i} of source {k}: {error}") from error
@@ -178,7 +188,25 @@ def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str
         downsampling=pipeline.vae.config.downsampling,
         null_text=null_text,
         on_damage=data.on_damage,
+        neighbours_alike=of_depth(config),
     )
+
+
+def depth_protocol(config: Config, given: dict[str, Source]) -> str:
+    """Which of `metrics.DEPTH_PROTOCOLS` depth is judged by: the sources' own, or else the config's, or else "all".
+
+    Raises InputError where sources differ in it, and where the config says another.
+    """
+    specs, said = config.eval.sources or config.data.sources, config.eval.depth.protocol
+    opened = {spec: given.get(spec) for spec in specs}
+    own = {spec: s.protocol if isinstance(s, DepthList) else said or "all" for spec, s in opened.items()}
+    if len(set(own.values())) > 1:
+        told = ", ".join(f"{spec} by {protocol}" for spec, protocol in own.items())
+        raise InputError(f"depth is judged by one protocol at a time: {told}; give them one after another")
+    protocol = own[specs[0]]
+    if said and said != protocol:
+        raise InputError(f"config.eval.depth.protocol={said}, but {specs[0]} names its own; leave the config's empty")
+    return protocol
 
 
 def image_shape(config: Config) -> tuple[int, int]:
@@ -212,6 +240,12 @@ def plain_fit(config: Config) -> Fit:
 def scored(config: Config) -> bool:
     """Whether results can be judged: depth, and captions of ShapesWorld alone."""
     return of_depth(config) or all(map(_is_shapes_world, config.eval.sources or config.data.sources))
+
+
+def _turns(sources: list[Source]) -> Iterator[tuple[int, int]]:
+    """Number of the source, and of the example in it."""
+    turns = itertools.zip_longest(*(range(len(source)) for source in sources))
+    return ((k, i) for turn in turns for k, i in enumerate(turn) if i is not None)
 
 
 def _is_shapes_world(spec: str) -> bool:

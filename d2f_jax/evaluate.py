@@ -1,23 +1,29 @@
 """Judges a checkpoint on held-out captions, or on pictures with depth: one table, and the same numbers as JSON.
 
-    python -m d2f_jax.evaluate --config=configs/X.py --out=DIR [--model=MODEL] [--inception=FILE] [--clip=MODEL]
+    python -m d2f_jax.evaluate --config=configs/X.py --out=DIR [--model=MODEL] [--lora=FILE]
+        [--inception=FILE] [--kid] [--clip=MODEL]
 
 Draws `config.eval.num_images` held-out captions with `config.eval`'s sampler, guidance and seed, for each of its
-numbers of steps, and compares with their pictures. DIR receives `scores.json`, `scores.md` and `samples.png`.
+numbers of steps, and compares with their pictures: by PSNR and SSIM one by one, and all together by what is there.
 ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's weights, the CLIP score a CLIP model.
 What is not given is named and gets no number. Estimates from few pictures are biased: compare only what has the same
-number of them.
+number of them. DIR receives `scores.json`, `scores.md` and `samples.png`.
+
+How a model flows is what its export, or its file of adapters, records: `config.objective`, and all else of training,
+has no part in it. A `config.task` other than the model's is refused.
 
 With `config.task.name="image_to_depth"` depth is estimated of the whole pictures, their longer side made the longer of
 `config.data.image_size` and `image_width`; it is brought back to their own size, and judged there as
-`config.eval.depth` says.
+`config.eval.depth` says, by the protocol of the source if it names one. Pictures are spread over each source.
 """
 
 import collections
+import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -26,6 +32,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from d2f_jax import datasets, distributed, metrics, prepare, prior, program, report, settings, sharding
+from d2f_jax.alignment import Convention
 from d2f_jax.data.depth import normalised
 from d2f_jax.data.fit import fit_image, make_row
 from d2f_jax.data.sources import Example
@@ -38,10 +45,18 @@ from d2f_jax.subjects import shown as shown_depth
 
 Found = dict[int, dict[str, float]]
 """Scores by name, for each number of steps."""
-Cells = dict[str, np.ndarray]
-"""Pictures uint8 [N, H, W, 3] to look at, by what they are."""
 Pair = tuple[np.ndarray, np.ndarray]
 """A picture uint8 [H, W, 3] and its depth float32 [H, W]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What `count` examples have told: `cells` are pictures uint8 [N, H, W, 3] by what they are, `notes` on these."""
+
+    found: Found
+    cells: dict[str, np.ndarray]
+    notes: list[str]
+    count: int
 
 
 def main() -> None:
@@ -50,79 +65,124 @@ def main() -> None:
         raise InputError("--config=configs/NAME.py and --out=DIR are both needed")
     if given.model is not None:
         given.config.model = given.model
-    evaluate(given.config, Path(given.out), inception=given.inception, clip=given.clip)
+    evaluate(
+        given.config,
+        Path(given.out),
+        lora=given.lora,
+        convention=given.convention,
+        inception=given.inception,
+        kid=given.kid,
+        clip=given.clip,
+    )
 
 
 def evaluate(
-    config: Config, folder: Path, *, inception: str | None = None, clip: str | None = None
-) -> dict[int, dict[str, float]]:
-    """Scores by number of steps; writes them, and pictures, into `folder`.
+    config: Config,
+    folder: Path,
+    *,
+    lora: str | None = None,
+    convention: Convention | None = None,
+    inception: str | None = None,
+    kid: bool = False,
+    clip: str | None = None,
+) -> Found:
+    """Scores by number of steps; writes them, and pictures, into `folder`. The options are the program's.
 
     Raises InputError for what cannot be judged.
     """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    settings.check(config, mesh)
-    judges = None if datasets.of_depth(config) else load_judges(config, inception, clip)
-    pipeline = prior.load(config)
-    data = datasets.open_data(config, folder, pipeline, datasets.open_given(config))
+    settings.check_values(config)
+    mesh, of_depth = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), datasets.of_depth(config)
+    judges = None if of_depth else load_judges(config, inception, clip, kid=kid)
+    pipeline = prior.load_as_it_is(config, adapters=lora, convention=convention).on_mesh(mesh)
+    given = datasets.open_given(config)
+    protocol = datasets.depth_protocol(config, given) if of_depth else ""
+    data = datasets.open_data(config, folder, pipeline, given)
+    count = min(config.eval.num_images, sum(map(len, data.shown)))
     if judges is None:
-        most, notes = min(config.eval.num_images, sum(map(len, data.shown))), []
-        found, cells, count = depth_scores(config, pipeline.on_mesh(mesh), data.reading(), most)
+        told = depth_scores(config, pipeline, data.reading(count), count, metrics.DEPTH_PROTOCOLS[protocol])
     else:
-        examples = data.examples(config.eval.num_images)
-        if any("image" not in example for example in examples):
-            raise InputError("config.data.sources hold prepared latents; give pictures as config.eval.sources")
-        found, cells = picture_scores(config, pipeline.on_mesh(mesh), examples, judges)
-        notes = [f"{i}. {example['text']}" for i, example in enumerate(examples[: config.eval.grid_images], 1)]
-        count = len(examples)
+        told = picture_scores(config, pipeline, data.reading(count), count, judges)
     if distributed.is_main():
-        write(config, folder, found, cells, notes, count)
+        write(config, folder, told, settled(config, pipeline, told, lora, protocol))
     distributed.barrier("evaluated")
-    return found
+    return told.found
 
 
-def load_judges(config: Config, inception: str | None, clip: str | None) -> Judges:
-    """Of pictures, and tells what they lack. Raises InputError where there are none."""
-    judges = Judges.load(inception, clip, shapes=datasets.scored(config))
+def load_judges(config: Config, inception: str | None, clip: str | None, *, kid: bool) -> Judges:
+    """Of pictures, and tells what they lack."""
+    if min(datasets.image_shape(config)) < 11:
+        told = datasets.told_size(config)
+        raise InputError(f"config.data.image_size: pictures of {told} pixels have no SSIM; use 11 or more")
+    judges = Judges.load(inception, clip, kid=kid, shapes=datasets.scored(config))
     if distributed.is_main():
         for told in judges.missing():
             print(told)
-    if not judges.some:
-        raise InputError("there is nothing to judge by: " + "; ".join(judges.missing()))
     return judges
 
 
-def picture_scores(
-    config: Config, pipeline: Pipeline, examples: Sequence[Example], judges: Judges
-) -> tuple[Found, Cells]:
-    """Of what is drawn for the captions, compared with the pictures."""
-    real, texts = Gathered(), [example["text"] for example in examples]
-    mine = np.arange(jax.process_index(), len(examples), jax.process_count())
-    size, fit = config.eval.batch_size, datasets.plain_fit(config)
-    for part in np.split(mine, range(size, len(mine), size)):
-        pictures = [make_row(examples[i], fit, prepare.AS_IT_IS)["image"] for i in part]
-        real = real.add(judges, part, np.array(pictures), [texts[i] for i in part])
-    real = distributed.merged(real)
-    cells, found = {}, {}
-    work = len(texts) * sum(config.eval.step_counts)
+def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Example], count: int, judges: Judges) -> Told:
+    """Of what is drawn for the captions of at most `count` examples, compared with their pictures.
+
+    A batch of them is held at a time.
+    """
+    wanted, fit, judged = config.eval, datasets.plain_fit(config), 0
+    real, drawn = Gathered(), dict.fromkeys(wanted.step_counts, Gathered())
+    cells: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    notes: list[str] = []
+    work = count * sum(wanted.step_counts)
     with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
-        for num_steps in config.eval.step_counts:
-            drawn, first = draw(config, pipeline, judges, texts, num_steps, bar)
-            found[num_steps] = scores(judges, distributed.merged(drawn), real)
-            cells[_steps(num_steps)] = first
-    return found, cells
+        for chunk in batches(examples, wanted.batch_size):
+            if any("image" not in example for example in chunk):
+                raise InputError("config.data.sources hold prepared latents; give pictures as config.eval.sources")
+            texts, kept = [example["text"] for example in chunk], max(0, wanted.grid_images - judged)
+            notes += [f"{judged + i}. {text}" for i, text in enumerate(texts[:kept], 1)]
+            mine = np.arange(jax.process_index(), len(chunk), jax.process_count())
+            pictures = np.array([make_row(chunk[i], fit, prepare.AS_IT_IS)["image"] for i in mine])
+            real = real.add_real(judges, judged + mine, pictures)
+            for num_steps in wanted.step_counts:
+                images = draw(config, pipeline, texts, judged, num_steps)
+                seen = judges, judged + mine, images[mine], [texts[i] for i in mine], pictures
+                drawn[num_steps] = drawn[num_steps].add_drawn(*seen)
+                cells[_steps(num_steps)].append(images[:kept].copy())  # a view would keep all of them
+                bar.update(len(chunk) * num_steps)
+            judged += len(chunk)
+    if judged < 2:
+        raise InputError(f"{judged} pictures can be read, and two are needed; give others as config.eval.sources")
+    real = distributed.merged(real)
+    found = {n: scores(judges, distributed.merged(seen), real) for n, seen in drawn.items()}
+    return Told(found, {name: np.concatenate(parts) for name, parts in cells.items()}, notes, judged)
+
+
+def draw(config: Config, pipeline: Pipeline, texts: list[str], first: int, num_steps: int) -> np.ndarray:
+    """Pictures uint8 [B, H, W, 3], in every process."""
+    height, width = datasets.image_shape(config)
+    return pipeline(
+        texts,
+        num_steps=num_steps,
+        **settings.guidance(config),
+        seed=config.eval.seed,
+        first=first,
+        height=height,
+        width=width,
+        sampler=settings.eval_sampler(config),
+    )
+
+
+def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, size)):
+        yield batch
 
 
 def depth_scores(
-    config: Config, pipeline: Pipeline, examples: Iterable[Example], count: int
-) -> tuple[Found, Cells, int]:
-    """Of depth that is estimated of at most `count` pictures, against what was measured; and how many they are.
+    config: Config, pipeline: Pipeline, examples: Iterable[Example], count: int, protocol: DepthProtocol
+) -> Told:
+    """Of depth that is estimated of at most `count` pictures, against what was measured.
 
     Few of them are held at a time. Raises InputError where nothing was measured.
     """
     wanted, shape, judged = config.eval, datasets.image_shape(config), 0
-    protocol = metrics.DEPTH_PROTOCOLS[wanted.depth.protocol]
-    pairs = (measured_pair(example, protocol, i) for i, example in enumerate(itertools.islice(examples, count)))
+    pairs = (measured_pair(example, protocol, i) for i, example in enumerate(examples))
     errors = dict.fromkeys(wanted.step_counts, metrics.Means())
     cells: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     work = count * sum(wanted.step_counts)
@@ -150,7 +210,7 @@ def depth_scores(
     if not judged:
         raise InputError("none of the pictures with depth can be read; give others as config.eval.sources")
     found = {num_steps: distributed.merged(means).means() for num_steps, means in errors.items()}
-    return found, {name: np.stack(pictures) for name, pictures in cells.items()}, judged
+    return Told(found, {name: np.stack(pictures) for name, pictures in cells.items()}, [], judged)
 
 
 def measured_pair(example: Example, protocol: DepthProtocol, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,48 +248,32 @@ def depth_picture(depth_HxW: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return fit_image(shown_depth(depth_HxW[None])[0], shape)
 
 
-def draw(
-    config: Config, pipeline: Pipeline, judges: Judges, texts: list[str], num_steps: int, bar: tqdm
-) -> tuple[Gathered, np.ndarray]:
-    """What this process has seen of its share of all pictures, and the first of them all for a grid."""
-    drawn, size, kept = Gathered(), config.eval.batch_size, []
-    height, width = datasets.image_shape(config)
-    for start in range(0, len(texts), size):
-        chunk = texts[start : start + size]
-        images = pipeline(
-            chunk,
-            num_steps=num_steps,
-            guidance_scale=config.eval.guidance_scale,
-            seed=config.eval.seed,
-            first=start,
-            height=height,
-            width=width,
-            sampler=settings.eval_sampler(config),
-        )
-        mine = np.arange(jax.process_index(), len(chunk), jax.process_count())
-        drawn = drawn.add(judges, start + mine, images[mine], [chunk[i] for i in mine])
-        kept.append(images[: max(0, config.eval.grid_images - start)])
-        bar.update(len(chunk) * num_steps)
-    return drawn, np.concatenate(kept)
-
-
-def write(config: Config, folder: Path, told: Found, cells: Cells, notes: list[str], count: int) -> None:
-    names = list(next(iter(told.values())))
-    rows = [[name.replace("_", " "), *(f"{values[name]:.4g}" for values in told.values())] for name in names]
-    header = [f"{count} pictures of {datasets.told_size(config)} pixels", *map(_steps, told)]
-    table = report.markdown_table(header, rows)
-    settled = {
+def settled(config: Config, pipeline: Pipeline, told: Told, lora: str | None, protocol: str) -> dict[str, Any]:
+    """What was judged, and how: all that the scores depend on, but for the data."""
+    wanted, of_depth = config.eval, datasets.of_depth(config)
+    how = {"depth": {**wanted.depth.to_dict(), "protocol": protocol}} if of_depth else settings.guidance(config)
+    return {
         "model": str(config.model),
-        "num_images": count,
+        "lora": lora,
+        "task": dataclasses.asdict(pipeline.task),
+        "alignment": dataclasses.asdict(pipeline.alignment),
+        "num_images": told.count,
         "image_size": config.data.image_size,
         "image_width": config.data.image_width,
-        **{name: config.eval[name] for name in ("sampler", "shift", "guidance_scale", "seed")},
-        **({"depth": config.eval.depth.to_dict()} if datasets.of_depth(config) else {}),
-        "scores": {str(n): values for n, values in told.items()},
+        **{name: wanted[name] for name in ("sampler", "shift", "eta", "seed")},
+        **how,
+        "scores": {str(n): values for n, values in told.found.items()},
     }
-    tiles = [report.tile(images, max(1, round(len(images) ** 0.5))) for images in cells.values()]
+
+
+def write(config: Config, folder: Path, told: Told, settled: dict[str, Any]) -> None:
+    found = told.found.values()
+    rows = [[name.replace("_", " "), *(f"{values[name]:.4g}" for values in found)] for name in next(iter(found))]
+    header = [f"{told.count} pictures of {datasets.told_size(config)} pixels", *map(_steps, told.found)]
+    table = report.markdown_table(header, rows)
+    tiles = [report.tile(images, max(1, round(len(images) ** 0.5))) for images in told.cells.values()]
     zoom = 2 if max(datasets.image_shape(config)) <= 64 else 1
-    picture = report.labelled_grid([tiles], [Path(config.model).name], list(cells), notes=notes, zoom=zoom)
+    picture = report.labelled_grid([tiles], [Path(config.model).name], list(told.cells), notes=told.notes, zoom=zoom)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scores.json").write_text(json.dumps(settled, indent=2) + "\n")
@@ -249,7 +293,12 @@ if __name__ == "__main__":
         "config", None, "The data and config.eval: a file of configs/, as for d2f_jax.train."
     )
     flags.DEFINE_string("model", None, "Diffusers folder or hub id; config.model if not given.")
+    flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
+    flags.DEFINE_enum(
+        "convention", None, get_args(Convention), "reference: for checkpoints of the paper's published code."
+    )
     flags.DEFINE_string("out", None, "Folder for the scores.")
-    flags.DEFINE_string("inception", None, "InceptionV3's weights for FID and KID, as safetensors.")
+    flags.DEFINE_string("inception", None, "InceptionV3's weights for FID, as safetensors.")
+    flags.DEFINE_bool("kid", False, "KID too, which keeps the features of every picture: 8 kB each.")
     flags.DEFINE_string("clip", None, "CLIP model for the CLIP score: a transformers folder or hub id.")
     program.run(main)

@@ -3,37 +3,44 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from d2f_jax import metrics
-from d2f_jax.metrics import FeatureRows, Means
+from d2f_jax.errors import InputError
+from d2f_jax.metrics import FeatureRows, FeatureStatistics, Means
 from d2f_jax.models.inception import InceptionV3
+
+_NO_FEATURES, _NO_ROWS, _NO_VALUES = FeatureStatistics.empty(0), FeatureRows(), Means()
 
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
     """The networks that look at pictures; None for those whose weights are not given.
 
-    `shapes` finds the solids that captions of ShapesWorld name.
+    `kid` says whether the rows of InceptionV3's features are kept for KID: 8 kB for each picture, drawn or real, in
+    every process. `shapes` finds the solids that captions of ShapesWorld name.
     """
 
     inception: InceptionV3 | None
+    kid: bool
     clip: metrics.Clip | None
     shapes: metrics.ShapesClassifier | None
 
     @classmethod
-    def load(cls, inception: str | Path | None, clip: str | Path | None, *, shapes: bool) -> "Judges":
-        """Raises InputError for files that are not what they should be."""
+    def load(
+        cls, inception: str | Path | None = None, clip: str | Path | None = None, *, kid: bool = False, shapes: bool
+    ) -> "Judges":
+        """Raises InputError for files that are not what they should be, and for KID without InceptionV3."""
+        if kid and not inception:
+            raise InputError("--kid needs the weights of InceptionV3; give --inception=FILE")
         return cls(
             metrics.load_inception(inception) if inception else None,
+            kid,
             metrics.load_clip_score(clip) if clip else None,
             metrics.load_classifier() if shapes else None,
         )
-
-    @property
-    def some(self) -> bool:
-        return not (self.inception is None and self.clip is None and self.shapes is None)
 
     def missing(self) -> list[str]:
         """What cannot be told, and which file would tell it."""
@@ -47,38 +54,60 @@ class Judges:
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """Of one set of pictures, as far as a process has seen it."""
+    """Of one set of pictures, as far as a process has seen it.
 
-    inception: FeatureRows = dataclasses.field(default_factory=FeatureRows)
-    shapes: FeatureRows = dataclasses.field(default_factory=FeatureRows)
-    clip: Means = dataclasses.field(default_factory=Means)
-    captions: Means = dataclasses.field(default_factory=Means)
+    No picture is kept, and of features their statistics alone, unless KID needs the rows.
+    """
 
-    def add(self, judges: Judges, index_N: np.ndarray, images_NxHxWx3: np.ndarray, texts: Sequence[str]) -> "Gathered":
-        """Pictures uint8 with their numbers among all, and what they should show."""
-        found = self
+    inception: FeatureStatistics = _NO_FEATURES
+    rows: FeatureRows = _NO_ROWS
+    shapes: FeatureStatistics = _NO_FEATURES
+    means: Means = _NO_VALUES
+    captions: Means = _NO_VALUES
+
+    def add_real(self, judges: Judges, index_N: np.ndarray, images_NxHxWx3: np.ndarray) -> "Gathered":
+        """uint8 pictures with their numbers among all."""
+        return self._add(judges, index_N, images_NxHxWx3, [""] * len(index_N), {})
+
+    def add_drawn(
+        self,
+        judges: Judges,
+        index_N: np.ndarray,
+        images_NxHxWx3: np.ndarray,
+        texts: Sequence[str],
+        real_NxHxWx3: np.ndarray,
+    ) -> "Gathered":
+        """Likewise those drawn of `texts`, beside the real pictures that these belong to."""
         if not len(index_N):
-            return found
-        if judges.inception is not None:
-            features = metrics.inception_features(judges.inception, images_NxHxWx3)
-            found = dataclasses.replace(found, inception=found.inception.add(index_N, features))
+            return self
+        pair = images_NxHxWx3, real_NxHxWx3
+        values = {"psnr": metrics.psnr(*pair, data_range=255), "ssim": metrics.ssim(*pair, data_range=255)}
         if judges.clip is not None:
-            score_N = judges.clip(images_NxHxWx3, texts)
-            found = dataclasses.replace(found, clip=found.clip.add({"clip_score": score_N}))
+            values["clip_score"] = judges.clip(images_NxHxWx3, texts)
+        return self._add(judges, index_N, images_NxHxWx3, texts, values)
+
+    def _add(
+        self, judges: Judges, index_N: np.ndarray, images: np.ndarray, texts: Sequence[str], values: dict[str, Any]
+    ) -> "Gathered":
+        if not len(index_N):
+            return self
+        found = Gathered(means=Means().add(values) if values else Means())
+        if judges.inception is not None:
+            features = metrics.inception_features(judges.inception, images)
+            rows = found.rows.add(index_N, features) if judges.kid else found.rows
+            found = dataclasses.replace(found, inception=FeatureStatistics.of(features), rows=rows)
         if judges.shapes is not None:
-            features, hits = metrics.shapes_judgement(judges.shapes, images_NxHxWx3, texts)
-            found = dataclasses.replace(
-                found,
-                shapes=found.shapes.add(index_N, features),
-                captions=found.captions.add({"caption_accuracy": hits}) if len(hits) else found.captions,
-            )
-        return found
+            features, hits = metrics.shapes_judgement(judges.shapes, images, texts)
+            captions = Means().add({"caption_accuracy": hits}) if len(hits) else Means()
+            found = dataclasses.replace(found, shapes=FeatureStatistics.of(features), captions=captions)
+        return self.merge(found)
 
     def merge(self, other: "Gathered") -> "Gathered":
         return Gathered(
             self.inception.merge(other.inception),
+            self.rows.merge(other.rows),
             self.shapes.merge(other.shapes),
-            self.clip.merge(other.clip),
+            self.means.merge(other.means),
             self.captions.merge(other.captions),
         )
 
@@ -86,21 +115,17 @@ class Gathered:
 def scores(judges: Judges, drawn: Gathered, real: Gathered) -> dict[str, float]:
     """Of what all processes have drawn against real pictures; both are merged already.
 
-    `fid`, `kid` and `kid_std`, `clip_score`; on ShapesWorld `shapes_frechet_distance` and `caption_accuracy`.
+    `fid`, `kid` and `kid_std`; on ShapesWorld `shapes_frechet_distance` and `caption_accuracy`; `clip_score`; and,
+    picture by picture against the real one of the same caption, `psnr` in dB and `ssim`.
     """
     told: dict[str, float] = {}
     if judges.inception is not None:
-        a, b = drawn.inception.sorted(), real.inception.sorted()
-        told["fid"] = _frechet(a, b)
+        told["fid"] = metrics.frechet_distance(drawn.inception, real.inception)
+    if judges.kid:
+        a, b = drawn.rows.sorted(), real.rows.sorted()
         kid = metrics.kernel_distance(a, b, subset_size=min(1000, len(a), len(b)))
         told |= {"kid": kid.mean, "kid_std": kid.std}
-    if judges.clip is not None:
-        told |= drawn.clip.means()
     if judges.shapes is not None:
-        told["shapes_frechet_distance"] = _frechet(drawn.shapes.sorted(), real.shapes.sorted())
+        told["shapes_frechet_distance"] = metrics.frechet_distance(drawn.shapes, real.shapes)
         told |= drawn.captions.means()
-    return told
-
-
-def _frechet(a_NxF: np.ndarray, b_MxF: np.ndarray) -> float:
-    return metrics.frechet_distance(*(metrics.FeatureStatistics.of(x) for x in (a_NxF, b_MxF)))
+    return told | drawn.means.means()

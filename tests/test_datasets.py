@@ -93,6 +93,52 @@ def test_held_out_examples_are_not_trained_on(model: Path, pipeline: Pipeline, p
     assert [e["text"] for e in whole.examples(2)] == grey(2, 0, 1)
 
 
+def test_examples_whose_neighbours_are_alike_are_spread_over_each_source(
+    model: Path, pipeline: Pipeline, pictures: Path, tmp_path: Path
+) -> None:
+    one = opened(config(model, f"image_folder:{pictures}", **{"task.name": "image_to_depth"}), pipeline, tmp_path)
+    assert [e["text"] for e in one.reading(3)] == grey(3, 5, 10)
+    assert [e["text"] for e in one.reading(COUNT + 7)] == grey(COUNT, 0, 1)
+    two = dataclasses.replace(one, shown=[one.shown[0], Squares(4), Squares(90)])
+    assert [e["text"] for e in two.reading(2)] == ["grey 15", "2"]
+    found = [e["text"] for e in two.reading(14)]
+    assert " ".join(found) == "grey 3 0 9 grey 9 1 27 grey 15 2 45 grey 21 3 63 grey 27 81"
+
+
+class Squares:
+    """Its examples are their numbers."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return {"text": str(index)}
+
+
+def test_depth_is_judged_by_the_protocol_of_its_source(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.png b.png")
+    for name in ("a.png", "b.png"):
+        Image.new("L", (2, 2)).save(tmp_path / name)
+    nyu, kitti = (f"depth_list:{tmp_path / 'list.txt'}?protocol={name}" for name in ("nyuv2", "kitti"))
+
+    def protocol(*sources: str, said: str = "", shown: tuple[str, ...] = ()) -> str:
+        changes = {"data.sources": sources, "eval.sources": shown, "eval.depth.protocol": said}
+        wanted = quickstart.get_config()
+        wanted.update_from_flattened_dict({"task.name": "image_to_depth", **changes})
+        return datasets.depth_protocol(wanted, datasets.open_given(wanted))
+
+    assert protocol("shapes_world") == "all" and protocol("shapes_world", said="scannet") == "scannet"
+    assert protocol(nyu) == protocol(nyu, said="nyuv2") == protocol(kitti, shown=(nyu,)) == "nyuv2"
+    for said in ("kitti", "all"):
+        with pytest.raises(InputError, match=rf"depth\.protocol={said}, but depth_list:\S+=nyuv2 names its own; leave"):
+            protocol(nyu, said=said)
+    with pytest.raises(InputError, match=r"one protocol at a time: \S+=nyuv2 by nyuv2, \S+=kitti by kitti; give them"):
+        protocol(nyu, kitti)
+
+
 def test_a_prepared_folder_has_held_out_its_own(
     model: Path, pipeline: Pipeline, prepared: Path, tmp_path: Path
 ) -> None:

@@ -1,28 +1,60 @@
 """Judging a checkpoint: the numbers are those of the pictures that it draws, and what is not given gets none."""
 
+import dataclasses
+import functools
 import json
+import os
+import subprocess
+import sys
+import weakref
 from pathlib import Path
+from typing import Any, cast
 
 import fidelity
 import numpy as np
 import pytest
 import safetensors.torch
 import small
+import torch
+import transformers
+import twins
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import images, quickstart
-from d2f_jax import InputError, Pipeline, distributed, metrics, subjects
+from d2f_jax import InputError, Pipeline, distributed, metrics, subjects, weights
+from d2f_jax.alignment import Alignment
 from d2f_jax.data.shapes_world import shapes_world
-from d2f_jax.evaluate import evaluate
+from d2f_jax.evaluate import evaluate, picture_scores
 from d2f_jax.measures import Gathered, Judges, scores
+from d2f_jax.settings import flat
 
+ROOT = Path(__file__).parents[1]
 COUNT = 6
+HOW = {"guidance_scale": 3.0, "guidance_rescale": 0.5, "negative_prompt": "a cone", "seed": 1234, "sampler": "heun"}
+NAIVE = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+HOW |= {"height": 16, "width": 24}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights, with tiny-sd's tokenizer."""
+    tokenizer, folder = weights.load_tokenizer("tiny-sd"), tmp_path_factory.mktemp("clip")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = (
+        twins.SMALL_CLIP | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    vision |= {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(6)  # of those whose cosines are above zero, where the score begins
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+    tokenizer.save_pretrained(twins.written(twins.shaken(transformers.CLIPModel(config)), folder))
+    return folder
 
 
 def config(model: Path, **changes: object) -> ConfigDict:
@@ -38,6 +70,8 @@ def config(model: Path, **changes: object) -> ConfigDict:
             "eval.batch_size": 4,
             "eval.step_counts": (1, 3),
             "eval.sampler": "heun",
+            "eval.guidance_rescale": 0.5,
+            "eval.negative_prompt": "a cone",
             "eval.grid_images": 2,
             **changes,
         }
@@ -46,15 +80,15 @@ def config(model: Path, **changes: object) -> ConfigDict:
 
 
 def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> None:
-    weights = fidelity.random_inception().state_dict()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "inception.safetensors")
-    told = evaluate(config(model), tmp_path / "out", inception=str(tmp_path / "inception.safetensors"))
+    tensors = fidelity.random_inception().state_dict()
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "inception.safetensors")
+    told = evaluate(config(model), tmp_path / "out", inception=str(tmp_path / "inception.safetensors"), kid=True)
 
     source = shapes_world(tmp_path / "out" / "data", size=24, split="validation", num_train=1, num_validation=8)
     examples = [source[i] for i in range(COUNT)]
     texts, real = [example["text"] for example in examples], np.stack([x["image"][4:20] for x in examples])
     pipeline, inception = Pipeline.from_pretrained(model), metrics.load_inception(tmp_path / "inception.safetensors")
-    drawn = pipeline(texts, num_steps=3, guidance_scale=3.0, seed=1234, height=16, width=24, sampler="heun")
+    drawn = pipeline(texts, num_steps=3, **HOW)
     features = [metrics.inception_features(inception, x) for x in (drawn, real)]
     fid = metrics.frechet_distance(*map(metrics.FeatureStatistics.of, features))
     classifier = metrics.load_classifier()
@@ -66,6 +100,8 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
     assert told[3]["kid"] == pytest.approx(metrics.kernel_distance(*features, subset_size=COUNT).mean, rel=1e-2)
     assert told[3]["shapes_frechet_distance"] == pytest.approx(shapes.frechet_distance, rel=1e-2)
     assert told[3]["caption_accuracy"] == shapes.caption_accuracy
+    for name, measure in (("psnr", metrics.psnr), ("ssim", metrics.ssim)):
+        assert told[3][name] == pytest.approx(measure(drawn, real, data_range=255).mean(), rel=1e-3)
     subject = subjects.make(config(model), examples, judged=True)  # as training tells it
     assert subject.judge is not None
     assert subject.judge(drawn) == f"{shapes.frechet_distance:.2f} / {shapes.caption_accuracy:.0%}"
@@ -74,25 +110,90 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert written["scores"] == {str(n): values for n, values in told.items()}
     assert (written["model"], written["num_images"], written["sampler"]) == (str(model), COUNT, "heun")
+    assert written["alignment"] == dataclasses.asdict(Alignment()) and written["negative_prompt"] == "a cone"
     table = (tmp_path / "out" / "scores.md").read_text()
     assert "6 pictures of 16 x 24 pixels" in table and "| fid" in table
     assert Image.open(tmp_path / "out" / "samples.png").size > (4 * 24, 16)
 
 
 def test_shares_of_processes_are_the_whole() -> None:
-    rng, judges = np.random.default_rng(0), Judges.load(None, None, shapes=True)
-    pictures, texts = rng.integers(0, 256, (2, 10, 16, 16, 3), np.uint8), ["a red cube", "a blue sphere"] * 5
-    whole = [Gathered().add(judges, np.arange(10), x, texts) for x in pictures]
-    shares = []
-    for x in pictures:
-        parts = [
-            Gathered().add(judges, mine, x[mine], [texts[i] for i in mine])
-            for mine in (np.arange(k, 10, 4) for k in range(4))
-        ]
-        shares.append(parts[0].merge(parts[1]).merge(parts[2].merge(parts[3])).merge(Gathered()))
-    one, other = scores(judges, *whole), scores(judges, *shares)
+    """To rounding; and the distance is that of the statistics which numpy finds in all rows of features."""
+    rng, judges = np.random.default_rng(0), Judges.load(shapes=True)
+    drawn, real = rng.integers(0, 256, (2, 10, 16, 16, 3), np.uint8)
+    texts = ["a red cube", "a blue sphere"] * 5
+
+    def gathered(parts: list[np.ndarray]) -> tuple[Gathered, Gathered]:
+        seen = [Gathered().add_drawn(judges, n, drawn[n], [texts[i] for i in n], real[n]) for n in parts]
+        shown = [Gathered().add_real(judges, n, real[n]) for n in parts]
+        return functools.reduce(Gathered.merge, seen, Gathered()), functools.reduce(Gathered.merge, shown, Gathered())
+
+    whole = gathered([np.arange(10)])
+    one = scores(judges, *whole)
+    other = scores(judges, *gathered([*(np.arange(k, 10, 4) for k in range(4)), np.arange(0)]))
     assert other == pytest.approx(one, rel=1e-6) and one["caption_accuracy"] == other["caption_accuracy"]
+    assert judges.shapes is not None
+    for seen, pictures in zip(whole, (drawn, real), strict=True):
+        rows = metrics.shapes_judgement(judges.shapes, pictures, texts)[0].astype(np.float64)
+        np.testing.assert_allclose(seen.shapes.mean_F, rows.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(seen.shapes.covariance_FxF, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-12)
+    assert not whole[0].rows.parts  # kept for KID alone
     assert distributed.merged(whole[0]) is whole[0]
+
+
+def test_few_pictures_are_held_at_a_time(model: Path) -> None:
+    held: list[weakref.ref] = []
+    most = 0
+
+    def watched(picture: np.ndarray) -> np.ndarray:
+        nonlocal most
+        held.append(weakref.ref(picture))
+        most = max(most, sum(ref() is not None for ref in held))
+        return picture
+
+    def pipeline(texts: list[str], **_: object) -> np.ndarray:
+        return watched(np.full((len(texts), 16, 24, 3), 7, np.uint8))
+
+    shapes = ({"text": "", "image": watched(np.zeros((16, 24, 3), np.uint8))} for _ in range(90))
+    told = picture_scores(config(model), cast(Any, pipeline), shapes, 90, Judges.load(shapes=False))
+    assert told.count == 90 and told.found[1]["psnr"] == pytest.approx(20 * np.log10(255 / 7))
+    assert [cell.shape for cell in told.cells.values()] == [(2, 16, 24, 3)] * 2
+    assert len(held) == 90 + 2 * 23 and most <= 2 * 4 + 4  # two batches of four read, and the drawn ones
+
+
+def test_a_model_is_judged_as_it_flows(model: Path, tmp_path: Path) -> None:
+    naive = dataclasses.replace(Pipeline.from_pretrained(model), alignment=NAIVE, _programs={})
+    naive.save_pretrained(tmp_path / "naive")
+    told = evaluate(config(tmp_path / "naive", **{"eval.step_counts": (3,)}), tmp_path / "out")
+    source = shapes_world(tmp_path / "out" / "data", size=24, split="validation", num_train=1, num_validation=8)
+    examples = [source[i] for i in range(COUNT)]
+    drawn = naive([example["text"] for example in examples], num_steps=3, **HOW)
+    real = np.stack([example["image"][4:20] for example in examples])
+    assert told[3]["psnr"] == pytest.approx(metrics.psnr(drawn, real, data_range=255).mean(), rel=1e-3)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["alignment"] == dataclasses.asdict(NAIVE)
+    with pytest.raises(InputError, match="sampler='ddim' is of diffusion models and of flows aligned with them"):
+        evaluate(config(tmp_path / "naive", **{"eval.sampler": "ddim"}), tmp_path / "out")
+
+
+def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Path, tmp_path: Path) -> None:
+    wanted = config(model, **{"data.sources": (f"shapes_world:{tmp_path / 'data'}",), "train.batch_size": 3})
+    found = evaluate(wanted, tmp_path / "one", clip=str(clip))
+    usual = flat(quickstart.get_config().to_dict())
+    changes = {key: value for key, value in flat(wanted.to_dict()).items() if value != usual[key]}
+    del changes["config.model"]
+    command = ["launch/local_hosts.sh", "2", "--devices=1", "--module=d2f_jax.evaluate", "--"]
+    command += ["--config=configs/quickstart.py", *(f"--{key}={value}" for key, value in changes.items())]
+    command += [f"--model={model}", f"--clip={clip}", f"--out={tmp_path / 'two'}"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("FID, KID: give --inception=FILE") == ran.stdout.count("scores: ") == 1
+    other = json.loads((tmp_path / "two" / "scores.json").read_text())["scores"]
+    for num_steps, values in found.items():  # pictures differ by a level here and there
+        assert other[str(num_steps)] == pytest.approx(values, rel=1e-2)
+    source = shapes_world(tmp_path / "data", size=24, split="validation", num_train=1, num_validation=8)
+    texts = [source[i]["text"] for i in range(COUNT)]
+    score = metrics.load_clip_score(clip)(Pipeline.from_pretrained(model)(texts, num_steps=3, **HOW), texts)
+    assert found[3]["clip_score"] == pytest.approx(score.mean(), rel=1e-2) and score.std() > 0
 
 
 def test_what_is_not_given_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,11 +202,17 @@ def test_what_is_not_given_is_named(model: Path, tmp_path: Path, capsys: pytest.
     lines = [json.dumps({"file_name": f"{i}.png", "text": "a cone"}) for i in range(3)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     photographs = images.get_config(f"image_folder:{tmp_path}")
-    photographs.update_from_flattened_dict({"model": str(model), "data.image_size": 16})
-    with pytest.raises(InputError, match="there is nothing to judge by: FID, KID: give --inception=FILE"):
-        evaluate(photographs, tmp_path / "out")
-    assert "CLIP score: give --clip=" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
+    small_ones = {"model": str(model), "data.image_size": 16, "eval.step_counts": (1,)}
+    photographs.update_from_flattened_dict(small_ones)
+    assert evaluate(photographs, tmp_path / "out")[1].keys() == {"psnr", "ssim"}
+    told = capsys.readouterr().out
+    assert "FID, KID: give --inception=FILE" in told and "CLIP score: give --clip=" in told
+    with pytest.raises(InputError, match="--kid needs the weights of InceptionV3; give --inception=FILE"):
+        evaluate(photographs, tmp_path / "none", kid=True)
+    photographs.data.image_size = 8
+    with pytest.raises(InputError, match=r"config\.data\.image_size: pictures of 8 pixels have no SSIM; use 11"):
+        evaluate(photographs, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_weights_that_are_not_there(model: Path, tmp_path: Path) -> None:

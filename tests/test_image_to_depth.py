@@ -20,7 +20,20 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from configs import depth
-from d2f_jax import InputError, Pipeline, ensemble, evaluate, metrics, objectives, prepare, prior, sharding, task, train
+from d2f_jax import (
+    InputError,
+    Pipeline,
+    datasets,
+    ensemble,
+    evaluate,
+    metrics,
+    objectives,
+    prepare,
+    prior,
+    sharding,
+    task,
+    train,
+)
 from d2f_jax import step as steps
 from d2f_jax.alignment import Alignment
 from d2f_jax.data.open import open_source
@@ -237,6 +250,7 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
     assert found.keys() == {1, 2} and 0 <= found[1]["delta1"] <= found[1]["delta2"] <= 1 and found[1]["abs_rel"] > 0
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["depth"] == {"ensemble": 2, "protocol": "all", "space": "log"} and written["num_images"] == 4
+    assert written["task"]["name"] == "image_to_depth" and "guidance_scale" not in written
     config.eval.depth.protocol = "nyuv2"
     with pytest.raises(InputError, match="example 0: this crop is of pictures of 480 x 640 pixels, not 16 x 16"):
         evaluate.evaluate(config, tmp_path)
@@ -251,10 +265,12 @@ def test_a_benchmark_is_judged_as_it_says(finished: Path, tmp_path: Path) -> Non
     (tmp_path / "list.txt").write_text("".join(f"rgb_{i}.png depth_{i}.png filled_{i}.png\n" for i in range(3)))
     source = open_source(f"depth_list:{tmp_path / 'list.txt'}?protocol=nyuv2")
     pipeline = Pipeline.from_pretrained(finished / "export")
-    config = shrunk(finished / "export", **{"eval.depth.protocol": "nyuv2", "eval.step_counts": (1,)})
-    found, cells, count = evaluate.depth_scores(config, pipeline, (source[i] for i in range(3)), 2)
-    assert count == 2 and list(cells) == ["picture", "measured", "1 step"]
-    assert all(cell.shape == (2, 16, 16, 3) for cell in cells.values())
+    config = shrunk(finished / "export", **{"eval.step_counts": (1,)})
+    protocol = metrics.DEPTH_PROTOCOLS["nyuv2"]
+    judged = evaluate.depth_scores(config, pipeline, (source[i] for i in range(2)), 2, protocol)
+    found = judged.found
+    assert judged.count == 2 and list(judged.cells) == ["picture", "measured", "1 step"]
+    assert all(cell.shape == (2, 16, 16, 3) for cell in judged.cells.values())
     estimates = pipeline.depth(images[:2], num_steps=1, resolution=16, seed=config.eval.seed)
     depth = millimetres[:2] / 1000
     depth[:, :45], depth[:, 471:], depth[:, :, :41], depth[:, :, 601:] = 0, 0, 0, 0
@@ -327,6 +343,16 @@ def test_adapters_that_see_the_picture(model: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(spread, one, atol=1e-5)
     with pytest.raises(InputError, match="adapters that depend on the picture are in no diffusers folder"):
         pipeline.save_pretrained(tmp_path / "saved")
+    judged = shrunk(model, "diff2flow:lora_base", **changes, **{"data.sources": (f"shapes_world:{tmp_path / 'data'}",)})
+    judged.eval.step_counts = (1,)
+    scores = evaluate.evaluate(judged, tmp_path / "scores", lora=str(tmp_path / "lora" / "adapters.safetensors"))[1]
+    world = datasets.open_data(judged, tmp_path, pipeline, {}).examples(4)
+    estimates = pipeline.depth(np.stack([e["image"] for e in world]), num_steps=1, ensemble=1, seed=judged.eval.seed)
+    pairs = zip(estimates, [e["depth"] for e in world], strict=True)
+    errors = [metrics.depth_errors(metrics.DEPTH_PROTOCOLS["all"], p, d, space="log").abs_rel for p, d in pairs]
+    assert scores["abs_rel"] == pytest.approx(np.mean(errors), rel=1e-3)
+    with pytest.raises(InputError, match=r"adapters=True, but \S+ has no adapters that see .* give --lora=FILE"):
+        evaluate.evaluate(judged, tmp_path / "scores")
     with pytest.raises(InputError, match=r"config.task.adapters=True without adapters of convolutions"):
         train.train(shrunk(model, "diff2flow:lora", **changes), tmp_path / "none")
 
@@ -346,7 +372,7 @@ def test_training_on_prepared_depth_is_training_on_pictures(model: Path, finishe
 
 
 def test_the_start_at_a_picture_is_no_diffusion(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config.task.start=image: diffusion, and DDIM, start at noise"):
+    with pytest.raises(InputError, match=r"config.task.start=image: diffusion starts at noise"):
         train.train(shrunk(model, "diffusion", **{"task.start": "image"}), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -22,11 +22,11 @@ from d2f_jax.errors import InputError
 class DepthList:
     """The pictures of a text file whose lines are `picture depth [mask]`, below `root`, or else the list's own folder.
 
-    `protocol` names the data set, as `config.eval.depth.protocol` does, and tells how its depth is stored: "nyuv2" and
-    "scannet" as PNG of 16 bits in millimetres, "kitti" (or "kitti_garg") in 1/256 of a metre; "eth3d" as plain float32,
-    "diode" as npy, with a mask in the third file. Depth becomes metres, and 0 where it is not positive, not finite, or
-    masked. Pictures stay as they are stored, not turned upright, since depth is stored likewise; other words of a line
-    are left alone, and so are lines whose depth is `None`.
+    `protocol` names the data set: how depth is judged on it (`metrics.DEPTH_PROTOCOLS`), and how it is stored: "nyuv2"
+    and "scannet" as PNG of 16 bits in millimetres, "kitti" (or "kitti_garg") in 1/256 of a metre; "eth3d" as plain
+    float32, "diode" as npy, with a mask in the third file. Depth becomes metres, and 0 where it is not positive, not
+    finite, or masked. Pictures stay as they are stored, not turned upright, since depth is stored likewise; other words
+    of a line are left alone, and so are lines whose depth is `None`.
 
     Raises `InputError` for a list, or names in it, that are wrong or missing; a file that turns out to be damaged
     raises it when it is read.
@@ -35,7 +35,8 @@ class DepthList:
     def __init__(self, file: str | Path, root: str | Path | None = None, protocol: str | None = None):
         if protocol not in FORMATS:
             raise InputError(f"{file}: protocol={protocol} must tell how depth is stored: one of {', '.join(FORMATS)}")
-        self._root, self._protocol = Path(file).parent if root is None else Path(root), protocol
+        self.protocol = protocol
+        self._root = Path(file).parent if root is None else Path(root)
         self._rows = _read_list(Path(file), FORMATS[protocol][0])
         names = [name for row in self._rows for name in row]
         if out := outside(names):
@@ -51,7 +52,7 @@ class DepthList:
     def __getitem__(self, index: int) -> Example:
         picture, *files = (self._root / name for name in self._rows[index])
         image_HxWx3 = read_image(picture, upright=False)
-        depth_HxW = FORMATS[self._protocol][1](files, image_HxWx3.shape[:2])
+        depth_HxW = FORMATS[self.protocol][1](files, image_HxWx3.shape[:2])
         return {"text": "", "image": image_HxWx3, "depth": measured(depth_HxW)}
 
 

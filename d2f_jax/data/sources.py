@@ -53,8 +53,13 @@ def held_out(source: Source, count: int) -> tuple[Source, Source]:
     """`source` without `count` evenly spaced examples, and these alone: for training and for validation."""
     if not 0 < count < len(source):
         raise InputError(f"{count} of {len(source)} examples cannot be held out; hold out 1 to {len(source) - 1}")
-    chosen = (2 * np.arange(count) + 1) * len(source) // (2 * count)
+    chosen = _evenly(len(source), count)
     return _Selection(source, np.delete(np.arange(len(source)), chosen)), _Selection(source, chosen)
+
+
+def thinned(source: Source, count: int) -> Source:
+    """`count` evenly spaced examples of `source`, at most all of them."""
+    return _Selection(source, _evenly(len(source), count))
 
 
 def joined(sources: Sequence[Source]) -> Source:
@@ -111,6 +116,11 @@ def listing(names: Sequence[str], shown: int = 5) -> str:
     """The first of them, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def _evenly(length: int, count: int) -> np.ndarray:
+    """`count` numbers from 0 to `length` - 1, in the middles of equal parts."""
+    return (2 * np.arange(count) + 1) * length // (2 * max(1, count))
 
 
 @dataclasses.dataclass(frozen=True)
