@@ -58,6 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.logit_mean = 0.0  # above 0: more times near data
     config.objective.logit_std = 1.0
     config.objective.shift = 1.0  # above 1: more times near noise, for large pictures
+    config.objective.norm = "l2"  # of the error: "l2" is squared, "l1" its size
     config.objective.min_snr_gamma = 0.0  # of the diffusion objective, commonly 5; 0 is off
 
     config.mesh = ConfigDict()  # the result does not depend on it
@@ -133,6 +134,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.sources = ()  # pictures to draw and judge; () is what is held out of data.sources
     config.eval.sampler = "euler"  # or another of d2f_jax.sample's
     config.eval.shift = 1.0  # of its steps towards noise
+    config.eval.begin = "last_timestep"  # where its steps in flow time begin; "zero" as the paper's published code
     config.eval.eta = 0.0  # of ddim: the share of noise that is drawn anew, 1 is DDPM
     config.eval.num_images = 128  # for the scores, at most
     config.eval.batch_size = 64

@@ -260,7 +260,7 @@ def settled(config: Config, pipeline: Pipeline, told: Told, lora: str | None, pr
         "num_images": told.count,
         "image_size": config.data.image_size,
         "image_width": config.data.image_width,
-        **{name: wanted[name] for name in ("sampler", "shift", "eta", "seed")},
+        **{name: wanted[name] for name in ("sampler", "shift", "begin", "eta", "seed")},
         **how,
         "scores": {str(n): values for n, values in told.found.items()},
     }

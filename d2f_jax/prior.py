@@ -32,12 +32,13 @@ def load_as_it_is(config: Config, *, adapters: str | None = None, convention: Co
     """To be looked at, not trained: task and flow are what the checkpoint, or a file of `adapters`, records of itself.
 
     `config.objective` has no part in it. What records no alignment, as no diffusion model does, is aligned: exactly,
-    unless `convention` says otherwise. Raises InputError for a model or file that cannot be loaded, and where
-    `config.task` asks for another task.
+    unless `convention` says otherwise. Adapters have no schedule in their file: theirs is by
+    `config.zero_terminal_snr`. Raises InputError for a model or file that cannot be loaded, and where `config.task`
+    asks for another task.
     """
     pipeline = _read(config, Alignment(convention=convention) if convention else None)
     if adapters is not None:
-        pipeline = pipeline.with_lora(adapters)
+        pipeline = scheduled(pipeline, config).with_lora(adapters)
     check_task(config, pipeline.task)
     return pipeline
 

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from d2f_jax import lora, sampling, sharding
 from d2f_jax.alignment import Alignment
-from d2f_jax.errors import InputError
 from d2f_jax.models.attention import split_over
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
@@ -72,14 +71,7 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
     parameters are states, `pictures` uint8 [B, H, W, 3] what depth is made of, else None. Raises InputError for DDIM of
     a flow that is no diffusion model.
     """
-    if how.name.startswith("ddim"):
-        if model.task.start == "image":
-            raise InputError(f"sampler={how.name!r} starts at noise, this model's flow at the picture; use euler")
-        if not model.alignment.complete:
-            raise InputError(
-                f"sampler={how.name!r} is of diffusion models and of flows aligned with them, and this model's flow is "
-                "not; use euler"
-            )
+    how.check(model.alignment, at_noise=model.task.start == "noise")
 
     def latents(
         unet_state, vae_state, text_state, adapters, ids_BxL, negative_BxL, start, keys, pictures, grid, guidance

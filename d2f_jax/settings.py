@@ -20,6 +20,7 @@ _CHOICES = {
     "objective.convention": get_args(Convention),
     "objective.path": get_args(flow.PathName),
     "objective.times": ("uniform", "logit_normal"),
+    "objective.norm": get_args(objectives.Norm),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": get_args(Remat),
     "data.resize": ("aspect", "fixed"),
@@ -179,6 +180,7 @@ def make_objective(config: Config) -> objectives.Objective:
         ),
         times=flow.TimeDistribution(name=o.times, mean=o.logit_mean, std=o.logit_std, shift=o.shift),
         min_snr_gamma=o.min_snr_gamma,
+        norm=o.norm,
     )
 
 
@@ -224,7 +226,7 @@ def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
 
 def eval_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    return Sampler(config.eval.sampler, shift=config.eval.shift, eta=config.eval.eta)
+    return Sampler(config.eval.sampler, shift=config.eval.shift, begin=config.eval.begin, eta=config.eval.eta)
 
 
 def reflow_sampler(config: Config) -> Sampler:
