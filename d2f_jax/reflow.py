@@ -1,12 +1,13 @@
 """Pairs of noise and what a teacher makes of it: trained on them, a flow becomes straight (arXiv 2209.03003).
 
     python -m d2f_jax.reflow --config=configs/X.py --out=DIR [--model=TEACHER] [--shard_size=1024] [--batch_size=8]
-    python -m d2f_jax.train --config=configs/images.py:array_record:DIR --workdir=WORKDIR ...
+    python -m d2f_jax.train --config=configs/reflow.py:diff2flow:small:array_record:DIR --workdir=WORKDIR ...
 
 Captions are those of `config.data`, from the first again when there are fewer than `config.reflow.count`; sampler,
 steps and guidance are `config.reflow`'s. The teacher flows as its export records, whatever `config.objective` trains
-the student by. DIR is written as by `d2f_jax.prepare`, and goes on likewise when it was killed; a pair depends on the
-config's seed and its number alone. The teacher's VAE and text encoder must be the student's.
+the student by; if it is a finetuned flow, it needs `--config.reflow.sampler=euler`. DIR is written as by
+`d2f_jax.prepare`, and goes on likewise when it was killed; a pair depends on the config's seed and its number alone.
+The teacher's VAE and text encoder must be the student's.
 """
 
 from collections.abc import Sequence

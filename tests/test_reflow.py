@@ -11,7 +11,8 @@ import pytest
 import small
 from ml_collections import ConfigDict
 
-from configs import images, quickstart
+from configs import quickstart
+from configs import reflow as reflow_config
 from d2f_jax import InputError, Pipeline, train
 from d2f_jax.alignment import Alignment
 from d2f_jax.data.prepared import PreparedSource
@@ -144,7 +145,7 @@ def test_training_on_pairs(made: tuple[str, Path], model: Path, tmp_path: Path) 
     sampler, folder = made
     if sampler != "heun":
         pytest.skip("training does not care how its pairs were made")
-    run = images.get_config(f"array_record:{folder}")
+    run = reflow_config.get_config(f"diff2flow:small:array_record:{folder}")
     run.update_from_flattened_dict(
         {
             "model": str(model),
