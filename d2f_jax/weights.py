@@ -235,7 +235,10 @@ def component_folder(
                 f'StableDiffusionPipeline.from_single_file("{root}").save_pretrained("FOLDER")'
             )
         stems = (_DIFFUSERS, _TRANSFORMERS) if weights else ()
-        root = _download(str(path_or_hub_id), component, stems, variant, revision)
+        hub_id = str(path_or_hub_id)
+        root = _download(hub_id, component, stems, variant, revision)
+        if not (root / component).is_dir():  # a repository of this component alone
+            root = _download(hub_id, "", stems, variant, revision)
     if (root / component).is_dir():
         return root / component
     if (root / "config.json").is_file():

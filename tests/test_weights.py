@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
     load_vae("owner/name", variant="fp16", revision="main")
     assert asked == {"hub_id": "owner/name", "revision": "main", "files": [names[0], names[3]]}
+
+
+def test_a_component_has_a_repository_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "hub"
+    twins.written(twins.vae(**twins.SMALL_VAE), hub)
+    local = tmp_path / "local"
+    local.mkdir()
+
+    def snapshot_download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        for file in hub.iterdir():
+            if any(fnmatch.fnmatch(file.name, p) for p in allow_patterns):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
+    assert load_vae("owner/name").config == load_vae(hub).config
 
 
 def test_the_embedded_model_has_its_name() -> None:
