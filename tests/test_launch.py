@@ -692,9 +692,14 @@ import jax, numpy as np
 jax.distributed.initialize(
     os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
 )
-from jax.experimental import multihost_utils
-gathered = multihost_utils.process_allgather(np.arange(jax.local_device_count()) + 10 * jax.process_index())
-print("gathered", json.dumps([gathered.tolist(), sys.argv[1:]]))
+from jax.sharding import NamedSharding, PartitionSpec
+mesh = jax.make_mesh((jax.process_count(), jax.local_device_count()), ("process", "device"))
+mine = np.arange(jax.local_device_count())[None] + 10 * jax.process_index()
+parts = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process", "device")), mine)
+gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(parts)
+# Of all devices, not of the one that is read: gloo hangs if a process ends while another's devices still connect to it.
+gathered.block_until_ready()
+print("gathered", json.dumps([np.asarray(gathered).tolist(), sys.argv[1:]]))
 """
 
 
