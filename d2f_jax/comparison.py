@@ -26,12 +26,13 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`results[row][column]` are `subject`'s for all of its examples, a column for each of `step_counts`."""
+    """`shown[row][column]` are `subject`'s first results, `told` its verdict on all; a column for each step count."""
 
     subject: Subject
     names: tuple[str, ...]
     step_counts: tuple[int, ...]
-    results: list[list[np.ndarray]]
+    shown: list[list[np.ndarray]]
+    told: list[list[str]]
 
 
 def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, sampler: Sampler) -> list[Contender]:
@@ -59,14 +60,20 @@ def compare(
     *,
     step_counts: Sequence[int],
     batch_size: int,
+    shown: int,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """The results of `count` examples for every row and number of steps, from the same noise."""
-    results: list[list[np.ndarray]] = []
+    """The results of `count` examples for every row and number of steps, from the same noise.
+
+    The first `shown` of them are kept, and of the rest what is judged.
+    """
+    kept: list[list[np.ndarray]] = []
+    told: list[list[str]] = []
     work = len(rows) * count * sum(step_counts)
     with tqdm(total=work, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
         for row in rows:
-            results.append([])
+            kept.append([])
+            told.append([])
             for num_steps in step_counts:
                 batches = []
                 for i in range(0, count, batch_size):
@@ -74,28 +81,27 @@ def compare(
                     batches.append(subject.draw(row.pipeline, row.sampler, chunk, num_steps))
                     bar.update(len(chunk) * num_steps)
                     after_batch()
-                results[-1].append(np.concatenate(batches))
-    return Comparison(subject, tuple(row.name for row in rows), tuple(step_counts), results)
+                results = np.concatenate(batches)
+                kept[-1].append(results[:shown].copy())  # a view would keep all of them
+                if subject.judge is not None and distributed.is_main():
+                    told[-1].append(subject.judge(results))
+    return Comparison(subject, tuple(row.name for row in rows), tuple(step_counts), kept, told)
 
 
-def picture(comparison: Comparison, count: int) -> Image.Image:
-    """The first `count` results of every cell, in a labelled grid above what is noted on them."""
-    subject, columns = comparison.subject, max(1, round(count**0.5))
+def picture(comparison: Comparison) -> Image.Image:
+    """What is shown of every cell, in a labelled grid above what is noted on it."""
+    subject, count = comparison.subject, len(comparison.shown[0][0])
+    columns = max(1, round(count**0.5))
     given = [report.tile(images[:count], columns) for images in subject.given.values()]
-    cells = [given + [report.tile(subject.show(cell[:count]), columns) for cell in row] for row in comparison.results]
+    cells = [given + [report.tile(subject.show(cell), columns) for cell in row] for row in comparison.shown]
     labels = [*subject.given, *_labels(comparison)]
-    zoom = 2 if max(comparison.results[0][0].shape[1:3]) <= 64 else 1
+    zoom = 2 if max(comparison.shown[0][0].shape[1:3]) <= 64 else 1
     return report.labelled_grid(cells, comparison.names, labels, notes=subject.notes[:count], zoom=zoom)
 
 
 def table(comparison: Comparison) -> str:
-    """What the subject judges of each row and number of steps, in Markdown."""
-    judge = comparison.subject.judge
-    assert judge is not None, "what cannot be judged has no table"
-    rows = [
-        [" ".join(name.split()), *map(judge, cells)]
-        for name, cells in zip(comparison.names, comparison.results, strict=True)
-    ]
+    """What the subject judges of each row and number of steps, in Markdown; empty if it judges nothing."""
+    rows = [[" ".join(name.split()), *told] for name, told in zip(comparison.names, comparison.told, strict=True)]
     return report.markdown_table([comparison.subject.header, *_labels(comparison)], rows)
 
 

@@ -92,6 +92,8 @@ def evaluate(
     """
     settings.check_values(config)
     mesh, of_depth = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), datasets.of_depth(config)
+    if of_depth and (inception or clip or kid):
+        raise InputError("--inception, --kid and --clip judge pictures, and this config tells depth; leave them out")
     judges = None if of_depth else load_judges(config, inception, clip, kid=kid)
     pipeline = prior.load_as_it_is(config, adapters=lora, convention=convention).on_mesh(mesh)
     given = datasets.open_given(config)
@@ -260,7 +262,8 @@ def settled(config: Config, pipeline: Pipeline, told: Told, lora: str | None, pr
         "num_images": told.count,
         "image_size": config.data.image_size,
         "image_width": config.data.image_width,
-        **{name: wanted[name] for name in ("sampler", "shift", "begin", "eta", "seed")},
+        "sampler": dataclasses.asdict(settings.eval_sampler(config)),
+        "seed": wanted.seed,
         **how,
         "scores": {str(n): values for n, values in told.found.items()},
     }

@@ -13,6 +13,7 @@ from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
+from d2f_jax.sde import SDE, Form, LastStep
 from d2f_jax.task import Task
 
 _CHOICES = {
@@ -26,6 +27,8 @@ _CHOICES = {
     "data.resize": ("aspect", "fixed"),
     "data.crop": ("center", "random"),
     "data.on_damage": ("stop", "skip"),
+    "eval.sde.form": get_args(Form),
+    "eval.sde.last_step": get_args(LastStep),
     "eval.depth.space": get_args(metrics.DepthSpace),
     "eval.depth.protocol": ("", *metrics.DEPTH_PROTOCOLS),
     "train.optimizer": get_args(optim.Name),
@@ -68,8 +71,14 @@ _LEAST = {
     "reflow.num_validation": 0,
     "reflow.num_steps": 1,
     "reflow.guidance_rescale": 0,
+    "reflow.rtol": 1e-7,
+    "reflow.atol": 1e-7,
     "eval.every": 1,
     "eval.guidance_rescale": 0,
+    "eval.rtol": 1e-7,
+    "eval.atol": 1e-7,
+    "eval.sde.norm": 0,
+    "eval.sde.last_step_size": 0,
     "eval.seed": 0,
     "eval.num_loss_examples": 1,
     "eval.num_images": 2,
@@ -82,6 +91,7 @@ _MOST = {
     "data.caption_dropout": 1,
     "reflow.guidance_rescale": 1,
     "eval.guidance_rescale": 1,
+    "eval.sde.last_step_size": 1,
     "train.ema_decay": 1,
     "train.final_rate": 1,
     "train.b1": 0.99999,
@@ -226,12 +236,13 @@ def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
 
 def eval_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    return Sampler(config.eval.sampler, shift=config.eval.shift, begin=config.eval.begin, eta=config.eval.eta)
+    given = {name: config.eval[name] for name in ("shift", "begin", "eta", "rtol", "atol")}
+    return Sampler(config.eval.sampler, **given, sde=SDE(**config.eval.sde))
 
 
 def reflow_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    return Sampler(config.reflow.sampler, shift=config.reflow.shift, eta=config.reflow.eta)
+    return Sampler(config.reflow.sampler, **{name: config.reflow[name] for name in ("shift", "eta", "rtol", "atol")})
 
 
 def guidance(config: Config) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Subject:
 
 def make(config: Config, examples: Sequence[Example], *, judged: bool) -> Subject:
     """Of the config's task. Raises InputError for examples of which nothing can be shown."""
-    return _depth(config, examples) if datasets.of_depth(config) else _captions(config, examples, judged)
+    return (_depth if datasets.of_depth(config) else _captions)(config, examples, judged)
 
 
 def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subject:
@@ -68,7 +68,7 @@ def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subj
     return Subject(notes, draw, header="Fréchet distance / caption accuracy", judge=judge)
 
 
-def _depth(config: Config, examples: Sequence[Example]) -> Subject:
+def _depth(config: Config, examples: Sequence[Example], judged: bool) -> Subject:
     wanted, fit = config.eval, datasets.plain_fit(config)
     if any("image" not in example for example in examples):
         raise InputError("config.data.sources hold prepared latents; give pictures with depth as config.eval.sources")
@@ -99,7 +99,7 @@ def _depth(config: Config, examples: Sequence[Example]) -> Subject:
         show=shown,
         given={"picture": images, "measured": shown(targets)},
         header="AbsRel / δ1",
-        judge=judge,
+        judge=judge if judged else None,
     )
 
 

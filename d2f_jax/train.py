@@ -257,13 +257,14 @@ def finish(
         len(examples),
         step_counts=config.eval.step_counts,
         batch_size=config.eval.batch_size,
+        shown=config.eval.grid_images,
         after_batch=make_room,
     )
     if not distributed.is_main():
         return
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)
-    picture = comparison.picture(compared, config.eval.grid_images)
+    picture = comparison.picture(compared)
     picture.save(samples / "before_and_after.png")
     writer.image(config.train.num_steps, "before_and_after", picture)
     if subject.judge is not None:

@@ -105,8 +105,9 @@ class Watch:
                 self._insight.count,
                 step_counts=config.step_counts,
                 batch_size=config.batch_size,
+                shown=self._insight.count,
             )
-            picture = comparison.picture(drawn, self._insight.count)
+            picture = comparison.picture(drawn)
             self._writer.image(step, "samples", picture)
             if distributed.is_main():
                 (self._workdir / "samples").mkdir(exist_ok=True)

@@ -109,7 +109,7 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
 
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert written["scores"] == {str(n): values for n, values in told.items()}
-    assert (written["model"], written["num_images"], written["sampler"]) == (str(model), COUNT, "heun")
+    assert (written["model"], written["num_images"], written["sampler"]["name"]) == (str(model), COUNT, "heun")
     assert written["alignment"] == dataclasses.asdict(Alignment()) and written["negative_prompt"] == "a cone"
     table = (tmp_path / "out" / "scores.md").read_text()
     assert "6 pictures of 16 x 24 pixels" in table and "| fid" in table

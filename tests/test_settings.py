@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import depth, images, quickstart, reflow, text_to_image
 from d2f_jax import InputError, flow, settings, sharding, train
 from d2f_jax.sampler import Sampler
+from d2f_jax.sde import SDE
 
 MESH = sharding.make_mesh(2, 4)
 
@@ -125,6 +126,24 @@ def test_samplers_are_what_the_config_says() -> None:
     config = changed(**{"eval.sampler": "ddim", "eval.eta": 0.5, "reflow.sampler": "heun", "reflow.shift": 2.0})
     assert settings.eval_sampler(config) == Sampler("ddim", eta=0.5)
     assert settings.reflow_sampler(config) == Sampler("heun", shift=2.0)
+    config = changed(
+        **{
+            "eval.sampler": "sde_heun",
+            "eval.sde.form": "SBDM",
+            "eval.sde.norm": 0.5,
+            "eval.sde.last_step": "mean",
+            "eval.sde.last_step_size": 0.1,
+            "reflow.sampler": "dopri5",
+            "reflow.rtol": 1e-2,
+            "reflow.atol": 1e-3,
+        }
+    )
+    assert settings.eval_sampler(config) == Sampler("sde_heun", sde=SDE("SBDM", 0.5, "mean", 0.1))
+    assert settings.reflow_sampler(config) == Sampler("dopri5", rtol=1e-2, atol=1e-3)
+
+
+def test_samplers_are_by_default_what_sampler_has() -> None:
+    assert settings.eval_sampler(quickstart.get_config()) == Sampler()
 
 
 CHOICES = {
@@ -136,6 +155,8 @@ CHOICES = {
     "data.resize": "fixed",
     "data.crop": "random",
     "data.on_damage": "skip",
+    "eval.sde.form": "SBDM",
+    "eval.sde.last_step": "mean",
     "train.optimizer": "adafactor",
     "train.schedule": "cosine",
     "train.first_moment_dtype": "bfloat16",
