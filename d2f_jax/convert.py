@@ -4,8 +4,9 @@
 
 That code (github.com/CompVis/diff2flow) leaves files of PyTorch Lightning. Of one that was trained to make pictures
 with its `FlowModelObj` the averaged UNet is taken, or the UNet itself where no average was kept, with LoRA merged in;
-all else comes from `--base`, the Stable Diffusion that was finetuned. The folder has the noise schedule that the file
-has, which may be the base's with zero terminal SNR, and records that the flow is of `convention="reference"`.
+all else comes from `--base`, the Stable Diffusion that was finetuned; so does what the network predicts, epsilon or v,
+which the file does not tell. The folder has the noise schedule that the file has, which may be the base's with zero
+terminal SNR, and records that the flow is of `convention="reference"`.
 PyTorch is not needed.
 """
 
@@ -52,7 +53,8 @@ def convert(file: Path, base: Pipeline, *, lora_scale: float = 1.0) -> Pipeline:
     """`base` with the file's UNet, noise schedule and convention. Raises InputError for a file that does not fit it."""
     content = torch_files.load(file)
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or _TABLE not in state:
+    state = {name: x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, dict) else {}
+    if _TABLE not in state:
         raise InputError(f"{file} holds no {_TABLE}: it was not trained with the published code's FlowModelObj")
     prefix = _AVERAGED if any(name.startswith(_AVERAGED) for name in state) else _TRAINED
     net = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -62,7 +64,7 @@ def convert(file: Path, base: Pipeline, *, lora_scale: float = 1.0) -> Pipeline:
         Published(file, merged(net, lora_scale), dict(named(keys, base.unet.config))),
         fits="the UNet of --base",
     )
-    config = _scheduler_config(file, base.scheduler_config, state[_TABLE].read()[1:])
+    config = _scheduler_config(file, base, state[_TABLE].read()[1:])
     return dataclasses.replace(
         base,
         unet=unet,
@@ -107,10 +109,17 @@ def merged(net: Mapping[str, Tensor], lora_scale: float) -> dict[str, Tensor | A
     parts = {f"{layer}.{part}" for layer in layers for part in ("W.weight", "W.bias", "A.weight", "B.weight")}
     found: dict[str, Tensor | Adapted | NoBias] = {name: x for name, x in net.items() if name not in parts}
     for layer in layers:
-        weight, down, up = (net[f"{layer}.{part}.weight"] for part in "WAB")
+        weight, down, up = (net.get(f"{layer}.{part}.weight") for part in "WAB")
+        if weight is None or down is None or up is None or not _fit(weight, down, up):
+            raise InputError(f"--from: the LoRA of {layer} is not whole, W with an A and a B that fit; copy it again")
         found[f"{layer}.weight"] = Adapted(weight, down, up, lora_scale)
         found[f"{layer}.bias"] = net.get(f"{layer}.W.bias") or NoBias(weight.shape[:1])
     return found
+
+
+def _fit(weight: Tensor, down: Tensor, up: Tensor) -> bool:
+    shapes = weight.shape[:1], weight.shape[1:], down.shape[:1]
+    return shapes == (up.shape[:1], down.shape[1:], up.shape[1:2])
 
 
 class Published(weights.Tensors):
@@ -175,14 +184,18 @@ def _places(config: UNetConfig) -> dict[str, str]:
     return places
 
 
-def _scheduler_config(file: Path, base: dict[str, Any], alphas_cumprod: np.ndarray) -> dict[str, Any]:
+def _scheduler_config(file: Path, base: Pipeline, alphas_cumprod: np.ndarray) -> dict[str, Any]:
     """The base's, with or without zero terminal SNR. Raises InputError where the file's schedule is neither."""
-    for zero_snr in (False, True):
-        config = base | {"rescale_betas_zero_snr": zero_snr}
+    predicts = base.schedule.prediction_type
+    for zero_snr in (False,) if predicts == "epsilon" else (False, True):
+        config = base.scheduler_config | {"rescale_betas_zero_snr": zero_snr}
         known = NoiseSchedule.from_config(config).alphas_cumprod
         if known.shape == alphas_cumprod.shape and np.allclose(known, alphas_cumprod, rtol=0, atol=1e-5):
             return config
-    raise InputError(f"{file} has another noise schedule than --base; give the model that was finetuned")
+    raise InputError(
+        f"{file} has another noise schedule than --base, which predicts {predicts}; give the model that "
+        "was finetuned"
+    )
 
 
 if __name__ == "__main__":

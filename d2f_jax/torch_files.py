@@ -47,11 +47,18 @@ class Tensor:
             whole = np.frombuffer(self.archive.read(self.storage), self.dtype)
         except (KeyError, zipfile.BadZipFile, ValueError, OSError) as error:
             raise InputError(f"{self.archive.filename} is damaged ({error}); copy it again") from error
-        last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides, strict=True))
-        if 0 not in self.shape and last >= len(whole):
+        if not self._lies_within(len(whole)):
             raise InputError(f"{self.archive.filename} is damaged ({self.storage} is too short); copy it again")
         strides = [stride * self.dtype.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(whole[self.offset :], self.shape, strides).copy()
+
+    def _lies_within(self, size: int) -> bool:
+        """Of a storage of so many numbers; what a file says of its tensors could point anywhere."""
+        said = (self.offset, *self.shape, *self.strides)
+        if len(self.shape) != len(self.strides) or not all(isinstance(n, int) and n >= 0 for n in said):
+            return False
+        last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides, strict=True))
+        return 0 in self.shape or last < size
 
 
 def load(file: str | Path) -> Any:

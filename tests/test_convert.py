@@ -1,5 +1,6 @@
 """Checkpoints of the paper's published code: files of its shape, whose UNet computes the same in PyTorch as here."""
 
+import dataclasses
 import enum
 import subprocess
 import sys
@@ -188,6 +189,13 @@ def test_what_does_not_fit_is_refused(base: Pipeline, finetuned: Any, tmp_path: 
         convert(write(tmp_path / "fm.ckpt", other), base)
     with pytest.raises(InputError, match="another noise schedule than --base"):
         convert(write(tmp_path / "schedule.ckpt", whole | {"model.alphas_cumprod_full": table(base)[:-1]}), base)
+    epsilon = {**base.scheduler_config, "prediction_type": "epsilon"}
+    wrong = dataclasses.replace(base, scheduler_config=epsilon, schedule=NoiseSchedule.from_config(epsilon))
+    with pytest.raises(InputError, match="another noise schedule than --base, which predicts epsilon; give the model"):
+        convert(write(tmp_path / "epsilon.ckpt", whole | {"model.alphas_cumprod_full": table(base, True)}), wrong)
+    adapted = {f"model.net.time_embed.0.{part}.weight": torch.zeros(64, 16) for part in "WA"}
+    with pytest.raises(InputError, match=r"the LoRA of time_embed\.0 is not whole, W with an A and a B that fit"):
+        convert(write(tmp_path / "lora.ckpt", whole | adapted), base)
     del whole["model.net.out.2.bias"]
     whole["model.net.input_blocks.0.0.weight"] = torch.zeros(16, 8, 3, 3)
     whole["model.net.input_blocks.1.0.in_layers.2.gamma.weight"] = torch.zeros(3)
@@ -217,6 +225,27 @@ def test_files_that_are_not_pytorch_s(tmp_path: Path) -> None:
     (tmp_path / "bit.ckpt").write_bytes(content.replace(number * 9, b"\1" + (number * 9)[1:], 1))
     with pytest.raises(InputError, match=r"bit\.ckpt is damaged"):
         torch_files.load(tmp_path / "bit.ckpt")[0].read()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"offset": -1},
+        {"offset": 4},
+        {"strides": (-1,)},
+        {"strides": (-(2**40),)},
+        {"shape": (9,)},
+        {"shape": (-3,)},
+        {"strides": (1, 1)},
+        {"strides": (1.5,)},
+    ],
+)
+def test_a_tensor_that_lies_outside_its_bytes_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
+    torch.save([torch.zeros(8)[:5]], tmp_path / "x.pt")
+    (tensor,) = torch_files.load(tmp_path / "x.pt")
+    assert tensor.read().shape == (5,)
+    with pytest.raises(InputError, match=r"x\.pt is damaged \(.*data/0 is too short\); copy it again"):
+        dataclasses.replace(tensor, **said).read()
 
 
 def test_views_and_dtypes_are_read_as_pytorch_reads_them(tmp_path: Path) -> None:

@@ -49,12 +49,16 @@ class Case:
     together: bool = True
 
 
+OWN_KERNELS = "ours, XLA's own kernels"
+"""XLA hands convolutions and products on CPUs to YNNPACK; this contender shows what that does."""
+OWN_KERNELS_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 EAGER, SDPA, COMPILED = "diffusers, eager attention", "diffusers, SDPA, channels_last", "diffusers, torch.compile"
+_CPU = ("ours", OWN_KERNELS, "diffusers")
 CPU_CASES = [
-    Case("tiny, train", "tiny-sd", "train", 32, 8, "float32", ("ours", "diffusers"), 20),
-    Case("tiny, sample", "tiny-sd", "sample", 16, 8, "float32", ("ours", "diffusers"), 10),
-    Case("sd21, gradient", "sd21", "gradient", 1, 32, "float32", ("ours", "diffusers"), 5, together=False),
-    Case("sd21, sample", "sd21", "sample", 1, 32, "float32", ("ours", "diffusers"), 3, together=False),
+    Case("tiny, train", "tiny-sd", "train", 32, 8, "float32", _CPU, 20),
+    Case("tiny, sample", "tiny-sd", "sample", 16, 8, "float32", _CPU, 10),
+    Case("sd21, gradient", "sd21", "gradient", 1, 32, "float32", _CPU, 5, together=False),
+    Case("sd21, sample", "sd21", "sample", 1, 32, "float32", _CPU, 3, together=False),
 ]
 _GPU = {"model": "sd21", "side": 64, "dtype": "bfloat16", "together": False}
 _ALL = ("ours", EAGER, SDPA, COMPILED)
@@ -119,6 +123,8 @@ class Worker:
     def __init__(self, case: Case, name: str, folder: Path) -> None:
         command = [sys.executable, __file__, "worker", name, str(folder), json.dumps(dataclasses.asdict(case))]
         environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONPATH": str(ROOT)}
+        if name == OWN_KERNELS:
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {OWN_KERNELS_FLAG}"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -144,7 +150,7 @@ class Worker:
 def work(name: str, folder: str, case: Case) -> None:
     """The worker's side."""
     try:
-        run, memory, facts = (ours if name == "ours" else diffusers)(name, Path(folder), case)
+        run, memory, facts = (diffusers if name.startswith("diffusers") else ours)(name, Path(folder), case)
         for _ in range(3):
             run()
         ready = facts

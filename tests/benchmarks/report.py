@@ -66,8 +66,14 @@ def against(record: dict[str, Any]) -> str:
     return f"""## Against PyTorch diffusers: {where}
 
 {record["date"]}, {stated}; {record["device"]["flops_per_second"] / 1e12:.3g} TFLOP/s in a product of large matrices.
-
+{"" if gpu else KERNELS}
 {report.markdown_table(header, rows)}"""
+
+
+KERNELS = """
+On CPUs XLA leaves convolutions and products to YNNPACK, with small ones at a loss. "XLA's own kernels" are those of the
+same program under `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`.
+"""
 
 
 def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
