@@ -7,12 +7,12 @@
     python -m d2f_jax.train --config=configs/reflow.py:diff2flow:small:array_record:PAIRS --workdir=DIR
 
 The teacher is a diffusion model, drawn from by DDIM; of a finetuned flow add --config.reflow.sampler=euler to the first
-command, and to both the model. Of the paper's published code are rate, batch size, Adam without decay, the average, and
-the number of its pairs. Of the paper, as others tell it, are lora_small, 40 steps of the teacher and 60,000 updates;
-guidance is ours. Sample with 1, 2 or 4 steps and guidance_scale=1: guidance is in the pairs. Neither was run at that
-size: by XLA's count of operations training would be 63 hours of a TPU v5e chip or 13 of an H100 at 40% of their peak,
-with lora_small (2.33 TFLOP a picture, and 0.3 a step) as with the whole UNet (2.36), and 1.6 million pairs of 40 guided
-steps 365 or 73.
+command, and to both the model. Of the paper's published code are rate, batch size, Adam without decay, the average,
+and the number of its pairs. Of the paper's appendix, known to us by notes that cite it, are lora_small, 40 steps of
+the teacher and 60,000 updates; guidance is ours. Sample with 1, 2 or 4 steps and guidance_scale=1: guidance is in the
+pairs. Neither was run at that size: by XLA's count of operations training would be 63 hours of a TPU v5e chip or 13
+of an H100 at 40% of their peak, with lora_small (2.33 TFLOP a picture, and 0.3 a step) as with the whole UNet (2.36),
+and 1.6 million pairs of 40 guided steps 365 or 73.
 """
 
 from ml_collections import ConfigDict

@@ -38,7 +38,8 @@ class Comparison:
 def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, sampler: Sampler) -> list[Contender]:
     """What finetuning changed, and what alignment alone did.
 
-    With complete alignment and Euler steps the second and the third row are the same pictures. Neither depth, which it
+    With complete, exact alignment and Euler steps that begin at the last timestep's flow time the second and the third
+    row are the same pictures. Neither depth, which it
     cannot tell, nor a flow that it records and that is no diffusion, is drawn of the prior by DDIM.
     """
     came = dataclasses.replace(prior, alignment=recorded_alignment(prior.scheduler_config), _programs={})
@@ -83,7 +84,7 @@ def compare(
                     after_batch()
                 results = np.concatenate(batches)
                 kept[-1].append(results[:shown].copy())  # a view would keep all of them
-                if subject.judge is not None and distributed.is_main():
+                if subject.judge is not None:  # in every process: none has to wait, in a collective, for another's
                     told[-1].append(subject.judge(results))
     return Comparison(subject, tuple(row.name for row in rows), tuple(step_counts), kept, told)
 
@@ -94,7 +95,7 @@ def picture(comparison: Comparison) -> Image.Image:
     columns = max(1, round(count**0.5))
     given = [report.tile(images[:count], columns) for images in subject.given.values()]
     cells = [given + [report.tile(subject.show(cell), columns) for cell in row] for row in comparison.shown]
-    labels = [*subject.given, *_labels(comparison)]
+    labels = [*subject.given, *map(report.steps, comparison.step_counts)]
     zoom = 2 if max(comparison.shown[0][0].shape[1:3]) <= 64 else 1
     return report.labelled_grid(cells, comparison.names, labels, notes=subject.notes[:count], zoom=zoom)
 
@@ -102,8 +103,4 @@ def picture(comparison: Comparison) -> Image.Image:
 def table(comparison: Comparison) -> str:
     """What the subject judges of each row and number of steps, in Markdown; empty if it judges nothing."""
     rows = [[" ".join(name.split()), *told] for name, told in zip(comparison.names, comparison.told, strict=True)]
-    return report.markdown_table([comparison.subject.header, *_labels(comparison)], rows)
-
-
-def _labels(comparison: Comparison) -> list[str]:
-    return [f"{n} step{'s' if n > 1 else ''}" for n in comparison.step_counts]
+    return report.markdown_table([comparison.subject.header, *map(report.steps, comparison.step_counts)], rows)

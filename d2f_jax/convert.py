@@ -193,8 +193,7 @@ def _scheduler_config(file: Path, base: Pipeline, alphas_cumprod: np.ndarray) ->
         if known.shape == alphas_cumprod.shape and np.allclose(known, alphas_cumprod, rtol=0, atol=1e-5):
             return config
     raise InputError(
-        f"{file} has another noise schedule than --base, which predicts {predicts}; give the model that "
-        "was finetuned"
+        f"{file} has another noise schedule than --base, which predicts {predicts}; give the model that was finetuned"
     )
 
 

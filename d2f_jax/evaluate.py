@@ -41,6 +41,7 @@ from d2f_jax.measures import Gathered, Judges, scores
 from d2f_jax.metrics import DepthErrors, DepthProtocol, DepthSpace
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
+from d2f_jax.subjects import draw_captions
 from d2f_jax.subjects import shown as shown_depth
 
 Found = dict[int, dict[str, float]]
@@ -128,6 +129,7 @@ def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Exampl
     A batch of them is held at a time.
     """
     wanted, fit, judged = config.eval, datasets.plain_fit(config), 0
+    sampler = settings.eval_sampler(config)
     real, drawn = Gathered(), dict.fromkeys(wanted.step_counts, Gathered())
     cells: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     notes: list[str] = []
@@ -142,10 +144,10 @@ def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Exampl
             pictures = np.array([make_row(chunk[i], fit, prepare.AS_IT_IS)["image"] for i in mine])
             real = real.add_real(judges, judged + mine, pictures)
             for num_steps in wanted.step_counts:
-                images = draw(config, pipeline, texts, judged, num_steps)
+                images = draw_captions(config, pipeline, sampler, texts, judged, num_steps)
                 seen = judges, judged + mine, images[mine], [texts[i] for i in mine], pictures
                 drawn[num_steps] = drawn[num_steps].add_drawn(*seen)
-                cells[_steps(num_steps)].append(images[:kept].copy())  # a view would keep all of them
+                cells[report.steps(num_steps)].append(images[:kept].copy())  # a view would keep all of them
                 bar.update(len(chunk) * num_steps)
             judged += len(chunk)
     if judged < 2:
@@ -153,21 +155,6 @@ def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Exampl
     real = distributed.merged(real)
     found = {n: scores(judges, distributed.merged(seen), real) for n, seen in drawn.items()}
     return Told(found, {name: np.concatenate(parts) for name, parts in cells.items()}, notes, judged)
-
-
-def draw(config: Config, pipeline: Pipeline, texts: list[str], first: int, num_steps: int) -> np.ndarray:
-    """Pictures uint8 [B, H, W, 3], in every process."""
-    height, width = datasets.image_shape(config)
-    return pipeline(
-        texts,
-        num_steps=num_steps,
-        **settings.guidance(config),
-        seed=config.eval.seed,
-        first=first,
-        height=height,
-        width=width,
-        sampler=settings.eval_sampler(config),
-    )
 
 
 def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
@@ -206,7 +193,7 @@ def depth_scores(
                 for i in range(jax.process_index(), len(chunk), jax.process_count()):
                     error = judge(protocol, wanted.depth.space, estimates[i], chunk[i][1], first + i)
                     errors[num_steps] = errors[num_steps].add(error._asdict())
-                cells[_steps(num_steps)] += [depth_picture(estimate, shape) for estimate in estimates[:kept]]
+                cells[report.steps(num_steps)] += [depth_picture(estimate, shape) for estimate in estimates[:kept]]
                 bar.update(len(chunk) * num_steps)
             judged = first + len(chunk)
     if not judged:
@@ -224,7 +211,9 @@ def measured_pair(example: Example, protocol: DepthProtocol, index: int) -> tupl
     try:
         return protocol.cut(example["image"]), protocol.cut(example["depth"])
     except ValueError as error:
-        raise InputError(f"example {index}: {error}; give another config.eval.depth.protocol") from error
+        raise InputError(
+            f"example {index}: {error}; give another protocol, in the source or config.eval.depth.protocol"
+        ) from error
 
 
 def judge(
@@ -272,7 +261,7 @@ def settled(config: Config, pipeline: Pipeline, told: Told, lora: str | None, pr
 def write(config: Config, folder: Path, told: Told, settled: dict[str, Any]) -> None:
     found = told.found.values()
     rows = [[name.replace("_", " "), *(f"{values[name]:.4g}" for values in found)] for name in next(iter(found))]
-    header = [f"{told.count} pictures of {datasets.told_size(config)} pixels", *map(_steps, told.found)]
+    header = [f"{told.count} pictures of {datasets.told_size(config)} pixels", *map(report.steps, told.found)]
     table = report.markdown_table(header, rows)
     tiles = [report.tile(images, max(1, round(len(images) ** 0.5))) for images in told.cells.values()]
     zoom = 2 if max(datasets.image_shape(config)) <= 64 else 1
@@ -285,10 +274,6 @@ def write(config: Config, folder: Path, told: Told, settled: dict[str, Any]) -> 
     except OSError as error:
         raise InputError(f"--out={folder} cannot be written ({error.strerror}); give another folder") from error
     print(f"\n{table}\nscores: {folder / 'scores.json'}\npictures: {folder / 'samples.png'}")
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'s' if count > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -66,13 +66,13 @@ def recorded_task(scheduler_config: Mapping[str, Any], inputs: float) -> Task:
 
 
 def recorded_resolution(path_or_hub_id: str | Path, revision: str | None) -> int | None:
-    """Pixels of the longer side at which a pipeline of depth says to estimate it; None if it does not say."""
+    """Pixels of the longer side at which a pipeline of depth says to estimate it; None if it does not, or says 0."""
     pixels = weights.load_model_index(path_or_hub_id, revision=revision).get("default_processing_resolution")
     if pixels is not None and not (isinstance(pixels, int) and pixels >= 0):
         raise InputError(
             f"{path_or_hub_id}: model_index.json has default_processing_resolution={pixels!r}; give a number of pixels"
         )
-    return pixels
+    return pixels or None
 
 
 def _recorded(scheduler_config: Mapping[str, Any], key: str, kind: Callable[..., Any], default: Any) -> Any:

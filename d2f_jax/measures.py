@@ -46,7 +46,9 @@ class Judges:
         """What cannot be told, and which file would tell it."""
         told = []
         if self.inception is None:
-            told.append("FID, KID: give --inception=FILE (d2f_jax.metrics.load_inception tells which)")
+            told.append("FID: give --inception=FILE (d2f_jax.metrics.load_inception tells which)")
+        if not self.kid:
+            told.append("KID: give --inception=FILE and --kid")
         if self.clip is None:
             told.append("CLIP score: give --clip=FOLDER_OR_HUB_ID, such as openai/clip-vit-large-patch14")
         return told

@@ -72,7 +72,7 @@ class Pipeline:
         tokenizer = weights.load_tokenizer(path_or_hub_id, revision=revision)
         recorded = task_of(path_or_hub_id, scheduler_config, unet, vae, text_encoder)
         if recorded.of_pictures and (pixels := export.recorded_resolution(path_or_hub_id, revision)):
-            side = round(pixels / vae.config.downsampling)
+            side = max(1, round(pixels / vae.config.downsampling))
             if side != max(unet.config.sample_shape or (0,)):
                 unet.config = dataclasses.replace(unet.config, sample_size=side)
         if tokenizer.model_max_length > (length := text_encoder.config.max_position_embeddings):

@@ -145,6 +145,11 @@ def labelled_grid(
     return sheet
 
 
+def steps(count: int) -> str:
+    """What a column of so many steps is called."""
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up in plain text too."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

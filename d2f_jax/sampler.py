@@ -137,7 +137,7 @@ class Sampler:
 
         `set_alpha_to_one` is DDIM's: whether its last step goes to no noise at all or to the first timestep's.
         """
-        if self.name in ("ddim", "ddim_on_flow_grid"):
+        if self.name in ("ddim", "ddim_on_flow_grid"):  # is_ddim, so that types tell what is left
             final, keys = self._final(schedule, set_alpha_to_one), keys_B if self.eta else None
             return sampling.ddim(schedule, predict, noise, grid, final, eta=self.eta, keys_B=keys)
         field = alignment.velocity_field(schedule, predict, how)

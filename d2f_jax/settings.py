@@ -117,11 +117,7 @@ def check(config: Config, mesh: Mesh) -> None:
     """Raises InputError for a value that no run can have, and for what one that trains on this mesh cannot."""
     check_values(config)
     alignment, task, sampler = make_objective(config).alignment, make_task(config), eval_sampler(config)
-    if sampler.name.startswith("ddim") and not (alignment.complete and task.start == "noise"):
-        raise InputError(
-            f"config.eval.sampler={sampler.name} draws with a diffusion model, which the flow of this objective and "
-            "task is not; use euler"
-        )
+    sampler.check(alignment, at_noise=task.start == "noise")
     sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
 
 

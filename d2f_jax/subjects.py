@@ -38,21 +38,28 @@ def make(config: Config, examples: Sequence[Example], *, judged: bool) -> Subjec
     return (_depth if datasets.of_depth(config) else _captions)(config, examples, judged)
 
 
-def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subject:
-    prompts, wanted = [example["text"] for example in examples], config.eval
+def draw_captions(
+    config: Config, pipeline: Pipeline, sampler: Sampler, texts: list[str], first: int, num_steps: int
+) -> np.ndarray:
+    """Pictures uint8 [B, H, W, 3] as `config.eval` wants them, in every process; `first` is the first one's number."""
     height, width = datasets.image_shape(config)
+    return pipeline(
+        texts,
+        num_steps=num_steps,
+        **settings.guidance(config),
+        seed=config.eval.seed,
+        first=first,
+        height=height,
+        width=width,
+        sampler=sampler,
+    )
+
+
+def _captions(config: Config, examples: Sequence[Example], judged: bool) -> Subject:
+    prompts = [example["text"] for example in examples]
 
     def draw(pipeline: Pipeline, sampler: Sampler, rows: range, num_steps: int) -> np.ndarray:
-        return pipeline(
-            [prompts[i] for i in rows],
-            num_steps=num_steps,
-            **settings.guidance(config),
-            seed=wanted.seed,
-            first=rows[0],
-            height=height,
-            width=width,
-            sampler=sampler,
-        )
+        return draw_captions(config, pipeline, sampler, [prompts[i] for i in rows], rows[0], num_steps)
 
     notes = tuple(f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1))
     if not (judged and datasets.scored(config)):

@@ -49,7 +49,8 @@ note() {
 }
 
 # On a TPU VM, called over ssh by the commands below: `host install BUCKET EXTRA ...`, `host run MODULE ARGUMENT ...`,
-# `host tail`, `host status`. A run's environment comes in d2f_jax.env. The run leaves d2f_jax.log, d2f_jax.pid and, when it has ended, d2f_jax.exit in the home folder.
+# `host tail`, `host status`. A run's environment comes in d2f_jax.env. The run leaves d2f_jax.log, d2f_jax.pid and, when
+# it has ended, d2f_jax.exit in the home folder.
 host() {
   local root code=0
   root=$(cd "$(dirname "$0")/.." && pwd)

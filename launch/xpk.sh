@@ -120,6 +120,8 @@ case $tpu in
   v6e) accelerator=tpu-v6e-slice xpk_name=v6e ;;
 esac
 if [[ $kubectl ]]; then
+  [[ -z $manifest || ${#env_names[@]} -eq 0 ]] ||
+    die "--env is a Secret, which --manifest does not print; leave out one of them"
   [[ $image ]] || die "--kubectl needs --image=IMAGE, built from launch/Dockerfile"
   [[ $bucket =~ ^[a-z0-9][-_.a-z0-9]*$ ]] || die "--kubectl needs --bucket=BUCKET, a bucket's name only; not '$bucket'"
   [[ " $*" =~ \ --(workdir|out)=/mnt/gcs/ ]] ||

@@ -186,7 +186,7 @@ def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Pat
     environment = {**os.environ, "PYTHON": sys.executable}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("FID, KID: give --inception=FILE") == ran.stdout.count("scores: ") == 1
+    assert ran.stdout.count("FID: give --inception=FILE") == ran.stdout.count("scores: ") == 1
     other = json.loads((tmp_path / "two" / "scores.json").read_text())["scores"]
     for num_steps, values in found.items():  # pictures differ by a level here and there
         assert other[str(num_steps)] == pytest.approx(values, rel=1e-2)
@@ -206,7 +206,11 @@ def test_what_is_not_given_is_named(model: Path, tmp_path: Path, capsys: pytest.
     photographs.update_from_flattened_dict(small_ones)
     assert evaluate(photographs, tmp_path / "out")[1].keys() == {"psnr", "ssim"}
     told = capsys.readouterr().out
-    assert "FID, KID: give --inception=FILE" in told and "CLIP score: give --clip=" in told
+    assert (
+        "FID: give --inception=FILE (" in told
+        and "KID: give --inception=FILE and --kid" in told
+        and "CLIP score: give --clip=" in told
+    )
     with pytest.raises(InputError, match="--kid needs the weights of InceptionV3; give --inception=FILE"):
         evaluate(photographs, tmp_path / "none", kid=True)
     photographs.data.image_size = 8

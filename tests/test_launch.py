@@ -193,6 +193,10 @@ KUBECTL = ("run1", "--topology=v6e:4x4", "--kubectl", "--image=img:1", "--bucket
         (["tpu_vm.sh", "install", *TPU, "--extras=depth;rm"], "--extras=depth;rm"),
         (["tpu_vm.sh", "run", *TPU, "--env=A-B", "--", "x"], "--env=A-B: give the name of a variable"),
         (["tpu_vm.sh", "run", *TPU, "--env=NOT_SET", "--", "x"], "--env=NOT_SET: it has no value here"),
+        (
+            ["xpk.sh", *KUBECTL, "--env=A=b", "--manifest", "--", "x"],
+            "--env is a Secret, which --manifest does not print",
+        ),
         (["xpk.sh", *KUBECTL, "--env=A-B=secret", "--", "x"], "--env=A-B: give the name of a variable"),
         (["xpk.sh", *KUBECTL, "--extras=depth", "--", "x"], "--build-arg EXTRA=tpu,"),
         (["xpk.sh", *KUBECTL, "--module=evaluate it", "--", "x"], "--module=evaluate it"),

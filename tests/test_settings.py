@@ -92,9 +92,12 @@ def test_an_objective_that_is_not_known(file: ModuleType) -> None:
         ({"reflow.eta": 1.5}, "eta=1.5 is not between"),
         (
             {"objective.name": "flow_matching", "eval.sampler": "ddim"},
-            r"config\.eval\.sampler=ddim draws with a diffusion model, which the flow of this objective",
+            "sampler='ddim' is of diffusion models and of flows aligned with them",
         ),
-        ({"objective.align": ("state",), "eval.sampler": "ddim_on_flow_grid"}, "eval.sampler=ddim_on_flow_grid draws"),
+        (
+            {"objective.align": ("state",), "eval.sampler": "ddim_on_flow_grid"},
+            "sampler='ddim_on_flow_grid' is of diffusion models",
+        ),
     ],
 )
 def test_what_does_not_go_together(changes: dict, said: str) -> None:

@@ -89,7 +89,6 @@ The same captions and noise by training step, the whole UNet, {few} steps:
 
 ![Pictures by training step](study/adaptation_pictures.png)
 """
-    text += _why_diffusion_keeps_up(known)
     return Section("Resolution adaptation", text, [c for trained in TRAINED for c in _claims(known, trained)])
 
 
@@ -172,6 +171,7 @@ def _claims(known: Known, trained: str) -> list[Claim]:
             [value > 1 for value in worse.values()],
             f"{versus(diffusion[last], flow[last])} after {last} steps; "
             f"the least ratio on the way is {told(list(worse.values()), '{:.2f}')}",
+            _why_diffusion_keeps_up(known),
         ),
     ]
 

@@ -20,11 +20,15 @@ from launch.study.bench import Size
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something that is true or not of each seed; `numbers` says by how much."""
+    """Something that is true or not of each seed; `numbers` says by how much.
+
+    `why` is what was found out where it does not hold, a part of the section with a title of its own.
+    """
 
     text: str
     holds: Sequence[bool]
     numbers: str
+    why: str = ""
 
     @property
     def verdict(self) -> str:
@@ -41,6 +45,12 @@ class Section:
     title: str
     text: str
     claims: Sequence[Claim] = ()
+
+    @property
+    def explained(self) -> str:
+        """The text, and why claims do not hold that do not hold of every seed."""
+        whys = dict.fromkeys(claim.why for claim in self.claims if not all(claim.holds))  # several claims may share one
+        return self.text + "".join(whys)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ Caption accuracy:
 
 Fréchet distance of the students with 2 steps, by training step:
 
-{report.markdown_table(["", *(f"step {mark}" for mark in marks)], learning)}{_why_the_solver_keeps_ahead(known)}"""
+{report.markdown_table(["", *(f"step {mark}" for mark in marks)], learning)}"""
     return Section("Reflow, and few steps", text, _claims(known, last))
 
 
@@ -201,6 +201,7 @@ def _claims(known: Known, last: str) -> list[Claim]:
                 f"With {n} steps it is better than the diffusion model with its second-order solver",
                 compared(student, solver, lambda a, b: a < b),
                 f"{versus(student, solver)}",
+                _why_the_solver_keeps_ahead(known),
             )
         )
     student, naive, diffusion = (
