@@ -106,7 +106,8 @@ def evaluate(
     else:
         told = picture_scores(config, pipeline, data.reading(count), count, judges)
     if distributed.is_main():
-        write(config, folder, told, settled(config, pipeline, told, lora, protocol))
+        judged_by = {"depth": protocol} if of_depth else {"inception": inception, "clip": clip}
+        write(config, folder, told, settled(config, pipeline, told) | {"lora": lora, "judged_by": judged_by})
     distributed.barrier("evaluated")
     return told.found
 
@@ -239,18 +240,20 @@ def depth_picture(depth_HxW: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return fit_image(shown_depth(depth_HxW[None])[0], shape)
 
 
-def settled(config: Config, pipeline: Pipeline, told: Told, lora: str | None, protocol: str) -> dict[str, Any]:
-    """What was judged, and how: all that the scores depend on, but for the data."""
-    wanted, of_depth = config.eval, datasets.of_depth(config)
-    how = {"depth": {**wanted.depth.to_dict(), "protocol": protocol}} if of_depth else settings.guidance(config)
+def settled(config: Config, pipeline: Pipeline, told: Told) -> dict[str, Any]:
+    """What was judged, and how."""
+    wanted = config.eval
+    how = {"depth": wanted.depth.to_dict()} if datasets.of_depth(config) else settings.guidance(config)
     return {
         "model": str(config.model),
-        "lora": lora,
+        "compute_dtype": config.compute_dtype,
+        "schedule": pipeline.scheduler_config,
         "task": dataclasses.asdict(pipeline.task),
         "alignment": dataclasses.asdict(pipeline.alignment),
         "num_images": told.count,
         "image_size": config.data.image_size,
         "image_width": config.data.image_width,
+        "resize": config.data.resize,
         "sampler": dataclasses.asdict(settings.eval_sampler(config)),
         "seed": wanted.seed,
         **how,

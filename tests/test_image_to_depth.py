@@ -249,7 +249,8 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
     found = evaluate.evaluate(config, tmp_path)
     assert found.keys() == {1, 2} and 0 <= found[1]["delta1"] <= found[1]["delta2"] <= 1 and found[1]["abs_rel"] > 0
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["depth"] == {"ensemble": 2, "protocol": "all", "space": "log"} and written["num_images"] == 4
+    assert written["depth"] == {"ensemble": 2, "protocol": "", "space": "log"} and written["num_images"] == 4
+    assert written["judged_by"] == {"depth": "all"}
     assert written["task"]["name"] == "image_to_depth" and "guidance_scale" not in written
     with pytest.raises(InputError, match="--clip judge pictures, and this config tells depth; leave them out"):
         evaluate.evaluate(config, tmp_path, clip="somewhere")
