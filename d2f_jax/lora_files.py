@@ -43,21 +43,33 @@ class Loaded:
     scale: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """What a run's adapters learned, and on what: with `zero_terminal_snr` the noise schedule ended in pure noise."""
+
+    task: Task = TEXT_TO_IMAGE
+    alignment: Alignment = ALIGNED
+    zero_terminal_snr: bool = False
+
+
+_USUAL = Learned()
+
+
 def save(
     file: str | Path,
     trained: Trained,
     targets: Targets,
     *,
     scale: float,
-    task: Task = TEXT_TO_IMAGE,
-    alignment: Alignment = ALIGNED,
+    how: Learned = _USUAL,
 ) -> None:
     """All that is trained, adapters and whole layers, in our names and layout; `load` reads it back bit for bit.
 
-    `learned` reads what task they learned, and with which alignment.
+    `learned` reads back `how`.
     """
-    told = {"targets": targets, "task": task, "alignment": alignment}
+    told = {"targets": targets, "task": how.task, "alignment": how.alignment}
     metadata = {name: json.dumps(dataclasses.asdict(value)) for name, value in told.items()}
+    metadata |= {"zero_terminal_snr": json.dumps(how.zero_terminal_snr)}
     metadata |= {"format": _FORMAT, "scale": repr(float(scale))}
     _write(Path(file), {name: np.asarray(x) for name, x in _flat(trained).items()}, metadata)
 
@@ -77,10 +89,11 @@ def load(file: str | Path, params: nnx.State) -> Loaded:
     return Loaded(_foreign(file, tensors, params), 1.0)
 
 
-def learned(file: str | Path) -> tuple[Task, Alignment] | None:
+def learned(file: str | Path) -> Learned | None:
     """What a file of `save` says that its adapters learned, and how; other files do not tell.
 
-    Raises InputError as `load`.
+    A file that was written before it told of the schedule counts as one without zero terminal SNR. Raises InputError as
+    `load`.
     """
     file = Path(file)
     with _opened(file) as handle:
@@ -88,7 +101,11 @@ def learned(file: str | Path) -> tuple[Task, Alignment] | None:
     if metadata.get("format") != _FORMAT:
         return None
     try:
-        return Task(**json.loads(metadata["task"])), Alignment(**json.loads(metadata["alignment"]))
+        return Learned(
+            Task(**json.loads(metadata["task"])),
+            Alignment(**json.loads(metadata["alignment"])),
+            bool(json.loads(metadata.get("zero_terminal_snr", "false"))),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise _unclear(file, error) from error
 

@@ -104,6 +104,25 @@ class Pipeline:
         unet = self.unet if has == takes else task.widened(self.unet, takes)
         return dataclasses.replace(self, unet=unet, task=wanted, _programs={})
 
+    def ending_in_noise(self, asked_by: str) -> "Pipeline":
+        """The same pipeline with its noise schedule rescaled to zero terminal SNR; an export then says so, too.
+
+        Raises InputError, naming who asked for it, for an epsilon model.
+        """
+        if self.schedule.prediction_type == "epsilon":
+            raise InputError(
+                f"{asked_by}: the model predicts epsilon, which tells nothing where all is noise; use a v_prediction "
+                "model, or a schedule that does not end there"
+            )
+        scheduler_config = self.scheduler_config | {"rescale_betas_zero_snr": True}
+        schedule = NoiseSchedule.from_config(scheduler_config)
+        return dataclasses.replace(self, scheduler_config=scheduler_config, schedule=schedule, _programs={})
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the noise schedule was rescaled to zero terminal SNR."""
+        return bool(self.scheduler_config.get("rescale_betas_zero_snr", False))
+
     def on_mesh(self, mesh: Mesh) -> "Pipeline":
         """The same pipeline with its parameters kept as `sharding.kept` has it, and images split over all devices.
 
@@ -119,11 +138,15 @@ class Pipeline:
     def with_lora(self, file: str | Path, *, scale: float = 1.0) -> "Pipeline":
         """The same pipeline with adapters in its UNet, at `scale` times their own; a run's, PEFT's or kohya's file.
 
-        What was trained fully replaces the base at any scale. A run's file tells the task and the alignment, too, with
-        which its adapters were trained. Raises InputError for a file that does not fit the UNet.
+        What was trained fully replaces the base at any scale. A run's file tells the task, the alignment and the noise
+        schedule, too, with which its adapters were trained. Raises InputError for a file that does not fit the UNet,
+        or has learned what this model cannot do.
         """
-        learned = lora_files.learned(file)
-        ready = self if learned is None else dataclasses.replace(self.for_task(learned[0]), alignment=learned[1])
+        ready = self
+        if (learned := lora_files.learned(file)) is not None:
+            ready = dataclasses.replace(self.for_task(learned.task), alignment=learned.alignment)
+            if learned.zero_terminal_snr:
+                ready = ready.ending_in_noise(f"{file} was trained with zero terminal SNR")
         graphdef, params = nnx.split(ready.unet)
         loaded = lora_files.load(file, params)
         scale *= loaded.scale

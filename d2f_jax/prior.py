@@ -12,11 +12,9 @@ from jax.sharding import Mesh
 from d2f_jax import lora, sharding
 from d2f_jax import step as steps
 from d2f_jax.alignment import Alignment, Convention
-from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.settings import check_task, make_objective, make_task
 
 
@@ -31,33 +29,23 @@ def load(config: Config) -> Pipeline:
 def load_as_it_is(config: Config, *, adapters: str | None = None, convention: Convention | None = None) -> Pipeline:
     """To be looked at, not trained: task and flow are what the checkpoint, or a file of `adapters`, records of itself.
 
-    `config.objective` has no part in it. What records no alignment, as no diffusion model does, is aligned: exactly,
-    unless `convention` says otherwise. Adapters have no schedule in their file: theirs is by
-    `config.zero_terminal_snr`. Raises InputError for a model or file that cannot be loaded, and where `config.task`
-    asks for another task.
+    `config.objective` and `config.zero_terminal_snr` have no part in it. What records no alignment, as no diffusion
+    model does, is aligned: exactly, unless `convention` says otherwise. Raises InputError for a model or file that
+    cannot be loaded, and where `config.task` asks for another task.
     """
     pipeline = _read(config, Alignment(convention=convention) if convention else None)
     if adapters is not None:
-        pipeline = scheduled(pipeline, config).with_lora(adapters)
+        pipeline = pipeline.with_lora(adapters)
     check_task(config, pipeline.task)
     return pipeline
 
 
 def scheduled(pipeline: Pipeline, config: Config) -> Pipeline:
-    """The pipeline with a schedule that ends in pure noise, if the config wants it; an export then says so, too.
+    """The pipeline with a schedule that ends in pure noise, if the config wants it.
 
     Raises InputError for an epsilon model.
     """
-    if not config.zero_terminal_snr:
-        return pipeline
-    if pipeline.schedule.prediction_type == "epsilon":
-        raise InputError(
-            f"config.zero_terminal_snr=True: {config.model} predicts epsilon, which tells nothing where all is noise; "
-            "use False, or a v_prediction model"
-        )
-    scheduler_config = pipeline.scheduler_config | {"rescale_betas_zero_snr": True}
-    schedule = NoiseSchedule.from_config(scheduler_config)
-    return dataclasses.replace(pipeline, scheduler_config=scheduler_config, schedule=schedule)
+    return pipeline.ending_in_noise("config.zero_terminal_snr=True") if config.zero_terminal_snr else pipeline
 
 
 def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:

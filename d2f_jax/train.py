@@ -221,7 +221,8 @@ def export(
             scale, folder = config.lora.scale, workdir / "lora"
             targets = prior.lora_targets(config, pipeline.vae.config.latent_channels)
             file = folder / "adapters.safetensors"
-            lora_files.save(file, adapters, targets, scale=scale, task=pipeline.task, alignment=pipeline.alignment)
+            how = lora_files.Learned(pipeline.task, pipeline.alignment, pipeline.ends_in_noise)
+            lora_files.save(file, adapters, targets, scale=scale, how=how)
             print(f"adapters: {file}")
             if not unet.adapters:
                 file = folder / "pytorch_lora_weights.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +12,11 @@ import pytest
 import small
 from absl import flags
 from ml_collections import ConfigDict
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from configs import depth, quickstart, reflow, text_to_image
-from d2f_jax import InputError, NoiseSchedule, Pipeline, blueprint, prior, sharding, train, weights
+from d2f_jax import InputError, NoiseSchedule, Pipeline, blueprint, evaluate, prior, sharding, train, weights
 from d2f_jax.prepare import Options
 from d2f_jax.reflow import reflow as make_pairs
 
@@ -67,6 +69,10 @@ def pairs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch)
+
+
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one device and without pictures, which are tested elsewhere, and would take most of the time."""
     monkeypatch.setattr(train, "finish", lambda *_: None)
     monkeypatch.setattr(train.Watch, "evaluate", lambda *_: None)
@@ -117,12 +123,73 @@ def test_a_schedule_that_ends_in_noise_is_exported(model: Path, tmp_path: Path) 
     assert theirs.config.rescale_betas_zero_snr
 
 
-def test_a_schedule_of_epsilon_cannot_end_in_noise(model: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(model, tmp_path / "model")
+@pytest.fixture(scope="module")
+def ending_in_noise(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of adapters whose schedule ends in pure noise, as the base's own does not."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = shrunk(quickstart.get_config("lora_small"), model)
+    changes = {"zero_terminal_snr": True, "train.learning_rate": 0.01, "train.warmup_steps": 0}
+    config.update_from_flattened_dict(changes)
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        train.train(config, workdir)
+    return workdir
+
+
+def test_adapters_draw_with_the_schedule_that_they_were_trained_with(
+    model: Path, ending_in_noise: Path, tmp_path: Path
+) -> None:
+    adapters, export = ending_in_noise / "lora" / "adapters.safetensors", ending_in_noise / "export"
+    on_base = Pipeline.from_pretrained(model).with_lora(adapters)
+    merged = Pipeline.from_pretrained(export)
+    np.testing.assert_array_equal(on_base.schedule.alphas_cumprod, merged.schedule.alphas_cumprod)
+    assert on_base.ends_in_noise and merged.ends_in_noise
+
+    def draw(pipeline: Pipeline) -> np.ndarray:
+        return pipeline("a cube", num_steps=3, seed=1).astype(int)
+
+    assert np.abs(draw(on_base) - draw(merged)).max() <= 1
+    altered(adapters, tmp_path / "older", lambda metadata: metadata.pop("zero_terminal_snr"))
+    older = Pipeline.from_pretrained(model).with_lora(tmp_path / "older")
+    assert not older.ends_in_noise and np.abs(draw(older) - draw(merged)).max() > 1
+
+    config = shrunk(quickstart.get_config(), model)
+    config.update_from_flattened_dict({"eval.num_images": 4, "eval.step_counts": (2,)})
+    with_lora = evaluate.evaluate(config, tmp_path / "adapters", lora=str(adapters))
+    config.model = str(export)
+    whole = evaluate.evaluate(config, tmp_path / "whole")
+    assert with_lora[2] == pytest.approx(whole[2], rel=1e-2)  # to a level here and there
+
+
+def altered(file: Path, to: Path, alter: Callable[[dict[str, str]], object]) -> None:
+    with safe_open(file, framework="numpy") as handle:
+        metadata = handle.metadata()
+    alter(metadata)
+    save_file(load_file(file), to, metadata=metadata)
+
+
+def test_a_base_of_epsilon_takes_no_adapters_whose_schedule_ended_in_noise(
+    model: Path, ending_in_noise: Path, tmp_path: Path
+) -> None:
+    other = of_epsilon(model, tmp_path)
+    with pytest.raises(
+        InputError, match=r"adapters\.safetensors was trained with zero terminal SNR: the model predicts"
+    ):
+        Pipeline.from_pretrained(other).with_lora(ending_in_noise / "lora" / "adapters.safetensors")
+
+
+def of_epsilon(model: Path, folder: Path) -> Path:
+    other = shutil.copytree(model, folder / "model")
     file = other / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
-    config = shrunk(quickstart.get_config(), other)
+    return other
+
+
+def test_a_schedule_of_epsilon_cannot_end_in_noise(model: Path, tmp_path: Path) -> None:
+    config = shrunk(quickstart.get_config(), of_epsilon(model, tmp_path))
     config.zero_terminal_snr = True
     for load in (prior.load, blueprint.load):
-        with pytest.raises(InputError, match=r"config\.zero_terminal_snr=True: .*model predicts epsilon.*use False"):
+        with pytest.raises(
+            InputError, match=r"config\.zero_terminal_snr=True: .*model predicts epsilon.*use a v_prediction"
+        ):
             load(config)

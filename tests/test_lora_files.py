@@ -1,5 +1,6 @@
 """Adapters as files: ours bit for bit, and those of PyTorch's world by what they do there."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -17,8 +18,11 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from d2f_jax import lora, lora_files, weights
+from d2f_jax.alignment import Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.lora import Adapter, Targets
+from d2f_jax.lora_files import Learned
+from d2f_jax.task import Task
 
 EVERYTHING = Targets(
     self_attention_rank=2,
@@ -85,6 +89,17 @@ def test_what_is_saved_comes_back_bit_for_bit(model: Path, tmp_path: Path, targe
     assert loaded.scale == 1 / 3
     assert_same(dict(sorted(loaded.trained.items())), dict(sorted(trained.items())))
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_they_learned_and_how_comes_back_too(model: Path, tmp_path: Path) -> None:
+    file, targets = tmp_path / "file", Targets(conv_rank=2)
+    how = Learned(Task("image_to_depth", start="image"), Alignment(convention="reference"), zero_terminal_snr=True)
+    lora_files.save(file, stirred(model, targets), targets, scale=1.0, how=how)
+    assert lora_files.learned(file) == how
+    altered(file, lambda _, metadata: metadata.pop("zero_terminal_snr"))  # as it was before it told of that
+    assert lora_files.learned(file) == dataclasses.replace(how, zero_terminal_snr=False)
+    lora_files.export(file, stirred(model, targets), nnx.state(unet(model)), scale=1.0)
+    assert lora_files.learned(file) is None
 
 
 def altered(file: Path, alter: Any) -> Path:
