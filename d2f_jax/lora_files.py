@@ -1,4 +1,4 @@
-"""Adapters as files: our own, which holds all that was trained, and those that PyTorch's world loads.
+"""Adapters as files: our own, which holds all that was trained, and those that PyTorch's world loads and writes.
 
 `save` writes one safetensors file whose metadata says what was trained and at which scale. `export` writes LoRA as
 diffusers (PEFT's names) or kohya's scripts name it: the scale is folded into B, and all ranks of a file are filled up
@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from d2f_jax import lora, weights
+from d2f_jax import lora, lora_foreign, weights
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.lora import Adapter, Conditional, Targets, Trained
@@ -32,15 +32,15 @@ from d2f_jax.task import TEXT_TO_IMAGE, Task
 Layout = Literal["peft", "kohya"]
 
 _FORMAT = "d2f_jax.lora"
-_SHOWN = 8  # of the tensors at fault, in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What `lora.merge` takes."""
+    """What `lora.merge` takes: of the UNet, and of the text encoder where that was trained as well."""
 
     trained: Trained
     scale: float
+    text_encoder: Trained = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,12 @@ def save(
     _write(Path(file), {name: np.asarray(x) for name, x in _flat(trained).items()}, metadata)
 
 
-def load(file: str | Path, params: nnx.State) -> Loaded:
-    """Adapters of a UNet with `params`, from what `save` or `export`, PEFT or kohya's scripts have written.
+def load(file: str | Path, params: nnx.State, text_encoder: nnx.State | None = None) -> Loaded:
+    """Adapters of a UNet with `params`, from what `save` or `export`, PEFT, diffusers or kohya's scripts have written.
 
-    Raises InputError for a file that is damaged, and one that names every tensor that is missing, unexpected, or of
-    another shape than this UNet asks for.
+    Those of PyTorch's world may hold adapters of the `text_encoder`, whose parameters have to be given then. Raises
+    InputError for a file that is damaged, and one that names every tensor that is missing, unexpected, or of another
+    shape than this model asks for.
     """
     file = Path(file)
     with _opened(file) as handle:
@@ -86,7 +87,11 @@ def load(file: str | Path, params: nnx.State) -> Loaded:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     if metadata.get("format") == _FORMAT:
         return _own(file, tensors, metadata, params)
-    return Loaded(_foreign(file, tensors, params), 1.0)
+    networks: dict[lora_foreign.Network, nnx.State] = {"unet": params}
+    if text_encoder is not None:
+        networks["text_encoder"] = text_encoder
+    trained = lora_foreign.read(file, tensors, metadata, networks)
+    return Loaded(trained["unet"], 1.0, trained.get("text_encoder", {}))
 
 
 def learned(file: str | Path) -> Learned | None:
@@ -175,61 +180,16 @@ def _own(file: Path, tensors: dict[str, Any], metadata: dict[str, str], params: 
     try:
         like = jax.eval_shape(lambda params: lora.init(params, jax.random.key(0), targets), params)
     except InputError as error:
-        raise InputError(f"{file} does not fit this UNet: {error}") from error
+        raise InputError(f"{file} does not fit this model: {error}") from error
     wanted = _flat(like)
     faults = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
     faults += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & tensors.keys()):
         if tensors[name].shape != wanted[name].shape:
-            faults.append(f"misshapen {name} {tensors[name].shape}, this UNet makes it {wanted[name].shape}")
-    _refuse(file, faults)
+            faults.append(f"misshapen {name} {tensors[name].shape}, this model makes it {wanted[name].shape}")
+    lora_foreign.refuse(file, faults)
     flat = {name: jnp.asarray(x) for name, x in tensors.items()}
     return Loaded({path: _entry(path, entry, flat) for path, entry in like.items()}, scale)
-
-
-def _foreign(file: Path, tensors: dict[str, Any], params: nnx.State) -> Trained:
-    """Adapters by PEFT's or kohya's names, with kohya's alpha / rank folded into B."""
-    base = {path: x for path, x in lora.flatten(params).items() if path.endswith(".kernel")}
-    known = {}
-    for path in base:
-        down = ""
-        for layout in get_args(Layout):  # kohya's last: it alone has alphas
-            down, up = _names(path.removesuffix(".kernel"), layout)
-            known |= {down: (path, "down"), up: (path, "up")}
-        known[_alpha(down)] = (path, "alpha")
-    found: dict[str, dict[str, np.ndarray]] = {}
-    faults = [f"unexpected {name}" for name in sorted(tensors) if name not in known]
-    for name in sorted(tensors.keys() & known.keys()):
-        path, part = known[name]
-        found.setdefault(path, {})[part] = tensors[name]
-    trained: Trained = {}
-    for path, parts in found.items():
-        missing = [part for part in ("down", "up") if part not in parts]
-        faults += [f"missing {path.removesuffix('.kernel')} {part}" for part in missing]
-        if missing:
-            continue
-        kernel, rank = base[path].shape, parts["down"].shape[0]
-        lead = (1,) * (len(kernel) - 2)
-        wanted = _torch_shape((*kernel[:-1], rank)), _torch_shape((*lead, rank, kernel[-1]))
-        if (parts["down"].shape, parts["up"].shape) != wanted:
-            told = f"{parts['down'].shape} and {parts['up'].shape}, this UNet makes it {wanted[0]} and {wanted[1]}"
-            faults.append(f"misshapen {path.removesuffix('.kernel')} {told}")
-            continue
-        a, b = (
-            weights.swap_layout(("kernel",), parts[part].astype(np.float32), to_torch=False) for part in ("down", "up")
-        )
-        b = b.reshape(rank, -1) * (np.float32(parts.get("alpha", rank)) / np.float32(rank))
-        trained[path] = Adapter(jnp.asarray(a), jnp.asarray(b))
-    if not trained and not faults:
-        faults.append("missing every tensor")
-    _refuse(file, faults)
-    return trained
-
-
-def _refuse(file: Path, faults: list[str]) -> None:
-    if faults:
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise InputError(f"{file} does not fit this UNet: {'; '.join(faults[:_SHOWN])}{more}")
 
 
 def _flat(trained: Trained) -> dict[str, Any]:
@@ -270,10 +230,6 @@ def _alpha(down: str) -> str:
 
 def _torch(kernel: np.ndarray) -> np.ndarray:
     return weights.swap_layout(("kernel",), kernel, to_torch=True)
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return weights.swap_layout(("kernel",), np.empty(shape, np.bool_), to_torch=True).shape
 
 
 def _write(file: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:

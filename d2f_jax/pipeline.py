@@ -136,11 +136,11 @@ class Pipeline:
         return dataclasses.replace(self, **networks, adapters=adapters, mesh=mesh, _programs={})
 
     def with_lora(self, file: str | Path, *, scale: float = 1.0) -> "Pipeline":
-        """The same pipeline with adapters in its UNet, at `scale` times their own; a run's, PEFT's or kohya's file.
+        """The same pipeline with adapters in it, at `scale` times their own; a run's, PEFT's or kohya's file.
 
-        What was trained fully replaces the base at any scale. A run's file tells the task, the alignment and the noise
-        schedule, too, with which its adapters were trained. Raises InputError for a file that does not fit the UNet,
-        or has learned what this model cannot do.
+        Of the latter two the text encoder may have adapters as well as the UNet. What was trained fully replaces the
+        base at any scale. A run's file tells the task, the alignment and the noise schedule, too, with which its
+        adapters were trained. Raises InputError for a file that does not fit, or has learned what this model cannot do.
         """
         ready = self
         if (learned := lora_files.learned(file)) is not None:
@@ -148,11 +148,15 @@ class Pipeline:
             if learned.zero_terminal_snr:
                 ready = ready.ending_in_noise(f"{file} was trained with zero terminal SNR")
         graphdef, params = nnx.split(ready.unet)
-        loaded = lora_files.load(file, params)
+        text_graphdef, text_params = nnx.split(ready.text_encoder)
+        loaded = lora_files.load(file, params, text_params)
         scale *= loaded.scale
         plain, conditional = lora.split(loaded.trained, scale=scale)
         unet = nnx.merge(graphdef, lora.merge(params, plain, scale=scale))
-        return dataclasses.replace(ready, unet=unet, adapters=ready.adapters | conditional, _programs={})
+        text_encoder = nnx.merge(text_graphdef, lora.merge(text_params, loaded.text_encoder, scale=scale))
+        return dataclasses.replace(
+            ready, unet=unet, text_encoder=text_encoder, adapters=ready.adapters | conditional, _programs={}
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a diffusers folder that diffusers' StableDiffusionPipeline loads, or MarigoldDepthPipeline for depth.

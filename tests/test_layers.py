@@ -11,7 +11,7 @@ LAYERS = [
     {"schedule", "flow", "alignment", "sampling", "sde", "sampler"},
     {"models", "lora", "task"},
     {"chips", "distributed", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
-    {"checkpoint", "data", "lora_files", "metrics", "oracle", "report", "torch_files", "weights"},
+    {"checkpoint", "data", "lora_files", "lora_foreign", "metrics", "oracle", "report", "torch_files", "weights"},
     {"ensemble", "export", "pipeline", "programs"},
     {"comparison", "convert", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
     | {"blueprint", "forecast", "plan", "settings", "subjects", "train", "watch"},

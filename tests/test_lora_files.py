@@ -11,13 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import small
 import torch
 import twins
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
 from flax import nnx
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from d2f_jax import lora, lora_files, weights
+from d2f_jax import Pipeline, lora, lora_files, weights
 from d2f_jax.alignment import Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.lora import Adapter, Targets
@@ -206,19 +212,119 @@ def test_what_is_exported_loads_here_too(model: Path, tmp_path: Path, layout: An
         np.testing.assert_allclose(lora.product(entry), SCALE * lora.product(trained[path]), atol=1e-6)
 
 
-def test_a_file_that_peft_has_made_loads_here(model: Path, tmp_path: Path) -> None:
-    from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
+ADAPTED = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "ff.net.0.proj", "conv_in"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}
 
-    network = small.torch_pipeline(model).unet
-    names = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "ff.net.0.proj", "conv_in"]
-    network.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=names))
-    state = get_peft_model_state_dict(network)
-    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
-    loaded = lora_files.load(tmp_path / PEFT, nnx.state(unet(model)))
-    assert len(loaded.trained) == len(state) // 2 > 20
-    twins.assert_close(ours(model, loaded.trained, loaded.scale), theirs(network), tolerance=1e-5)
+
+def adapted(model: Path, *networks: str, **config: Any) -> Any:
+    """diffusers' pipeline with random adapters by PEFT."""
+    pipeline = small.torch_pipeline(model)
+    torch.manual_seed(0)
+    for name in networks:
+        options = {"r": 4, "init_lora_weights": False, "target_modules": ADAPTED[name]} | config
+        inject_adapter_in_model(LoraConfig(**options), getattr(pipeline, name))
+    return pipeline
+
+
+def write(folder: Path, pipeline: Any, *networks: str, names: str = "peft", told: bool = True) -> Path:
+    """The adapters in a file, as diffusers' scripts do it now, did it before, or as kohya's do; `told` is metadata."""
+    states = {name: get_peft_model_state_dict(getattr(pipeline, name)) for name in networks}
+    if names == "kohya":
+        tensors, called = {}, {"A": "lora_down", "B": "lora_up"}
+        for name, state in states.items():
+            prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[name]
+            alpha = torch.tensor(float(getattr(pipeline, name).peft_config["default"].lora_alpha))
+            for key, x in state.items():
+                module, part = key.rsplit(".lora_", 1)
+                module = prefix + module.replace(".", "_")
+                tensors |= {f"{module}.{called[part[0]]}.weight": x, f"{module}.alpha": alpha.clone()}
+        safetensors.torch.save_file(tensors, folder / PEFT)
+        return folder / PEFT
+    if names == "scripts":
+        states = {name: convert_state_dict_to_diffusers(state) for name, state in states.items()}
+    metadata = _collate_lora_metadata({name: getattr(pipeline, name) for name in networks}) if told else {}
+    StableDiffusionPipeline.save_lora_weights(
+        folder, **{f"{name}_lora_layers": state for name, state in states.items()}, **metadata
+    )
+    return folder / PEFT
+
+
+def test_a_file_that_peft_has_made_loads_here(model: Path, tmp_path: Path) -> None:
+    pipeline = adapted(model, "unet", lora_alpha=4)
+    loaded = lora_files.load(write(tmp_path, pipeline, "unet", told=False), nnx.state(unet(model)))
+    assert len(loaded.trained) > 20
+    twins.assert_close(ours(model, loaded.trained, loaded.scale), theirs(pipeline.unet), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_q": 3, r"down_blocks\.0\.res.*1": 9, "^conv_in": 0.5}},
+    ],
+    ids=["alpha", "rslora", "patterns"],
+)
+def test_pefts_alpha_is_a_scale(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    pipeline = adapted(model, "unet", lora_alpha=10, **changes)
+    file = write(tmp_path, pipeline, "unet")
+    loaded = lora_files.load(file, nnx.state(unet(model)))
+    found = ours(model, loaded.trained, loaded.scale)
+    twins.assert_close(found, theirs(pipeline.unet), tolerance=1e-5)
+    again = small.torch_pipeline(model)
+    again.load_lora_weights(file)
+    twins.assert_close(found, theirs(again.unet), tolerance=1e-5)
+    altered(file, lambda _, metadata: metadata.pop("lora_adapter_metadata"))
+    untold = lora_files.load(file, nnx.state(unet(model)))
+    assert np.abs(found - ours(model, untold.trained, untold.scale)).max() > 0.05 * np.abs(found).max()
+
+
+@pytest.mark.parametrize("names", ["peft", "scripts", "kohya"])
+@pytest.mark.parametrize("networks", [("unet", "text_encoder"), ("text_encoder",)], ids=["both", "text"])
+def test_adapters_of_the_text_encoder_load_too(
+    model: Path, tmp_path: Path, names: str, networks: tuple[str, ...]
+) -> None:
+    pipeline = adapted(model, *networks, lora_alpha=10)
+    file = write(tmp_path, pipeline, *networks, names=names)
+    before, found = Pipeline.from_pretrained(model), Pipeline.from_pretrained(model).with_lora(file)
+    ids = found.tokenize(["a red cube", "a cone"])
+
+    def states(pipeline: Pipeline) -> np.ndarray:
+        return np.asarray(pipeline.text_encoder(jnp.asarray(ids)))
+
+    with torch.no_grad():
+        expected = pipeline.text_encoder(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    twins.assert_close(states(found), expected, tolerance=1e-5)
+    assert np.abs(states(before) - expected).max() > 0.05 * np.abs(expected).max()
+    x, text = twins.random(*INPUTS["sample"]), twins.random(*INPUTS["text"], seed=1)
+    drawn = found.unet(jnp.asarray(x), jnp.asarray(7.0), jnp.asarray(text))
+    twins.assert_close(drawn, theirs(pipeline.unet), tolerance=1e-5)
+    with pytest.raises(InputError, match=r"unexpected (lora_te_text_model|text_encoder)"):
+        lora_files.load(file, nnx.state(unet(model)))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("{", "its lora_adapter_metadata cannot be read"),
+        ("[1]", "its lora_adapter_metadata cannot be read"),
+        ({"unet.lora_alpha": "much"}, "could not convert string to float: 'much'"),
+        ({"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 4}}, "its lora_adapter_metadata cannot be read"),
+        (
+            {"unet.lora_alpha": 4, "unet.init_lora_weights": "pissa"},
+            "init_lora_weights='pissa' has changed the base, too",
+        ),
+    ],
+)
+def test_metadata_that_tells_no_scale(model: Path, tmp_path: Path, told: Any, said: str) -> None:
+    file = write(tmp_path, adapted(model, "unet", lora_alpha=4), "unet")
+    text = told if isinstance(told, str) else json.dumps(told)
+    altered(file, lambda _, metadata: metadata.update(lora_adapter_metadata=text))
+    with pytest.raises(InputError, match=said) as error:
+        lora_files.load(file, nnx.state(unet(model)))
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
 
 
 def test_kohyas_alpha_is_a_scale(model: Path, tmp_path: Path) -> None:
@@ -240,11 +346,18 @@ def test_faults_of_a_foreign_file_are_told_together(model: Path, tmp_path: Path)
         del tensors["unet.conv_in.lora_B.weight"]
         tensors["text_encoder.q.lora_A.weight"] = np.zeros((2, 2), np.float32)
         tensors["unet.conv_out.lora_A.weight"] = np.zeros((3, 16, 1, 1), np.float32)
+        name = "down_blocks.0.resnets.0.conv1"
+        tensors[f"lora_unet_{name.replace('.', '_')}.lora_down.weight"] = tensors[f"unet.{name}.lora_A.weight"]
 
     lora_files.export(tmp_path / PEFT, stirred(model, Targets(conv_rank=3)), nnx.state(unet(model)), scale=1.0)
     with pytest.raises(InputError) as error:
         lora_files.load(altered(tmp_path / PEFT, alter), nnx.state(unet(model)))
-    for said in ("missing conv_in up", "unexpected text_encoder.q.lora_A.weight", "misshapen conv_out (3, 16, 1, 1)"):
+    for said in (
+        "missing conv_in up",
+        "unexpected text_encoder.q.lora_A.weight",
+        "misshapen conv_out (3, 16, 1, 1)",
+        "down_blocks.0.resnets.0.conv1 by two names",
+    ):
         assert said in str(error.value)
 
 
