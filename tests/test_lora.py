@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ import twins
 from flax import nnx
 
 from configs import quickstart
-from d2f_jax import lora, prior
+from d2f_jax import lora, optim, prior, settings
+from d2f_jax import step as steps
 from d2f_jax.errors import InputError
 from d2f_jax.lora import Adapter, Conditional, Targets
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -91,6 +92,25 @@ def test_the_presets_train_what_the_papers_do_on_stable_diffusion_2(
     full = {path for path, entry in trained.items() if not isinstance(entry, Adapter)}
     leaves = ("conv_in.kernel", "conv_in.bias", "conv_out.kernel", "conv_out.bias")
     assert full == {*leaves, "conv_norm_out.scale", "conv_norm_out.bias"}
+
+
+@pytest.mark.parametrize("preset", ["lora_small", "lora_base"])
+@pytest.mark.parametrize("name", get_args(optim.Name))
+def test_the_optimizer_and_the_average_hold_what_is_trained_and_no_more(preset: str, name: optim.Name) -> None:
+    """Of Stable Diffusion 2.1: nothing has the size of the base."""
+    config = quickstart.get_config(preset)
+    config.train.optimizer = name
+    trained = shapes("2.1", prior.lora_targets(config, 4))
+    optimizer = optim.make_optimizer(settings.make_optimizer_options(config))
+    init = functools.partial(steps.init_state, optimizer=optimizer, root_key=jax.random.key(0))
+    state = jax.eval_shape(init, trained)
+    assert state.trained == state.ema == trained
+    held, each = jax.tree.leaves(state.opt_state), jax.tree.leaves(trained)
+    if name == "adafactor":  # rows and columns of large matrices; of others a number for each of theirs, and two more
+        assert count(held) < count(each) + 3 * len(each)
+    else:
+        moments = sorted(x.shape for x in held if x.shape)
+        assert moments == sorted([x.shape for x in each] * 2)
 
 
 def test_quickstart_presets_differ_in_nothing_but_lora_and_the_rate() -> None:
@@ -297,7 +317,7 @@ def test_recomputing_blocks_sees_the_condition_too() -> None:
 
 
 class TorchConditional(torch.nn.Module):
-    """A convolution with a LoRAdapter, as the paper has it."""
+    """A convolution with a LoRAdapter, as the paper has it; there the condition comes in the size of each level."""
 
     def __init__(self, base: torch.nn.Conv2d, rank: int, channels: int) -> None:
         super().__init__()
@@ -308,19 +328,39 @@ class TorchConditional(torch.nn.Module):
         self.gamma, self.beta = (torch.nn.Conv2d(channels, rank, 1, bias=False) for _ in range(2))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, scale: float) -> torch.Tensor:
-        z = self.a(x) * (1 + self.gamma(c)) + self.beta(c)
+        z = self.a(x)
+        c = torch.nn.functional.interpolate(c, z.shape[2:], mode="bilinear", antialias=True)
+        z = z * (1 + self.gamma(c)) + self.beta(c)
         return self.base(x) + scale * self.b(z)
 
 
 class Convolution(nnx.Module):
-    def __init__(self, size: int = 3, stride: int = 1) -> None:
-        self.conv = nnx.Conv(6, 7, (size, size), strides=stride, padding=size // 2, rngs=nnx.Rngs(0))
+    def __init__(self, inputs: int = 6, outputs: int = 7, size: int = 3, stride: int = 1) -> None:
+        self.conv = nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=size // 2, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1)])
-def test_a_conditional_convolution_equals_pytorch(size: int, stride: int) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rank", "side", "size", "stride", "condition"),
+    [
+        (6, 7, 4, 8, 3, 1, 8),
+        (6, 7, 4, 8, 3, 2, 4),
+        (6, 7, 4, 8, 1, 1, 8),
+        (6, 7, 4, 8, 3, 1, 3),  # a condition that grows
+        (6, 7, 4, 8, 3, 2, 10),  # and ones that shrink, by 2.5 and by 2
+        (320, 320, 64, 64, 3, 1, 64),  # Stable Diffusion's, at 512 pixels and the paper's ranks
+        (320, 320, 64, 64, 3, 2, 64),
+        (640, 1280, 256, 16, 3, 1, 64),
+        (2560, 1280, 64, 8, 1, 1, 64),
+    ],
+)
+def test_a_conditional_convolution_equals_pytorch(
+    inputs: int, outputs: int, rank: int, side: int, size: int, stride: int, condition: int
+) -> None:
+    """The condition is a picture's latent, brought to the size of what it scales and shifts."""
     torch.manual_seed(0)
-    theirs, ours = TorchConditional(torch.nn.Conv2d(6, 7, size, stride, size // 2), 4, 5), Convolution(size, stride)
+    base = torch.nn.Conv2d(inputs, outputs, size, stride, size // 2)
+    theirs, ours = TorchConditional(base, rank, 4), Convolution(inputs, outputs, size, stride)
 
     def kernel(module: torch.nn.Module) -> np.ndarray:
         return module.weight.detach().numpy().transpose(2, 3, 1, 0)
@@ -328,10 +368,12 @@ def test_a_conditional_convolution_equals_pytorch(size: int, stride: int) -> Non
     ours.conv.kernel[...], ours.conv.bias[...] = kernel(theirs.base), theirs.base.bias.detach().numpy()
     maps = [kernel(m)[0, 0] for m in (theirs.b, theirs.gamma, theirs.beta)]
     adapters = {"conv.kernel": Conditional(*map(jnp.asarray, (kernel(theirs.a), *maps)))}
-    x, condition = twins.random(2, 8, 8, 6), twins.random(2, 8 // stride, 8 // stride, 5, seed=1)
-    lora.attach(ours, adapters, scale=0.7, condition=jnp.asarray(condition))
-    expected = theirs(twins.nchw(x), twins.nchw(condition), 0.7)
-    twins.assert_close(ours.conv(jnp.asarray(x)), twins.nhwc(expected), tolerance=1e-5)
+    x, c = twins.random(2, side, side, inputs), twins.random(2, condition, condition, 4, seed=1)
+    lora.attach(ours, adapters, scale=0.7, condition=jnp.asarray(c))
+    expected = theirs(twins.nchw(x), twins.nchw(c), 0.7)
+    found = ours.conv(jnp.asarray(x))
+    twins.assert_close(found, twins.nhwc(expected), tolerance=1e-5)
+    assert np.abs(found - twins.nhwc(base(twins.nchw(x)))).max() > 0.1 * np.abs(found).max()
 
 
 def test_a_new_conditional_adapter_is_the_identity_bit_for_bit() -> None:

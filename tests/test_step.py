@@ -337,9 +337,11 @@ def test_adapters_are_all_that_is_trained(full: Setting) -> None:
     adapted = setting(with_lora=True)
     before = leaves(adapted.frozen)
     state, losses = run(adapted, 2)
-    count = sum(x.size for x in leaves(adapted.trained))
-    assert sum(x.size for x in leaves(state.trained)) == count
-    assert sum(x.size for x in leaves(optax.tree.get(state.opt_state, "mu"))) == count
+    wanted = jax.tree.map(jnp.shape, adapted.trained)
+    moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+    for held in (state.trained, state.ema, *moments):
+        assert jax.tree.map(jnp.shape, held) == wanted
+    assert sum(x.ndim > 0 for x in leaves(state.opt_state)) == 2 * len(leaves(adapted.trained))  # others are counters
     assert_same(before, adapted.frozen)
     assert any(entry.b.any() for entry in state.trained.values() if isinstance(entry, lora.Adapter))
     # Zero-initialised adapters begin where the whole network begins.
