@@ -36,7 +36,7 @@ _PARTS = {
 }
 _METADATA = "lora_adapter_metadata"
 _PEFT_ALPHA = 8.0  # of a LoraConfig that gives none
-_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # of PEFT's ways to begin
+_KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # of PEFT's ways to begin
 _SHOWN = 8  # of the tensors at fault, in an error
 
 
@@ -104,10 +104,13 @@ def _faults(module: str, parts: dict[str, np.ndarray], kernel: tuple[int, ...], 
         return missing
     if count > len(parts):
         return [f"{module} by two names"]
-    rank, found = parts["down"].shape[0], (parts["down"].shape, parts["up"].shape)
+    if parts.get("alpha", np.ones(())).size != 1:
+        return [f"misshapen {module} alpha {parts['alpha'].shape}"]
+    found = parts["down"].shape, parts["up"].shape
+    rank = next(iter(found[0]), 0)
     down, up = (*kernel[:-1], rank), (*(1,) * (len(kernel) - 2), rank, kernel[-1])
     wanted = tuple(weights.swap_layout(("kernel",), np.empty(s, np.bool_), to_torch=True).shape for s in (down, up))
-    if found == wanted:
+    if found == wanted and rank:
         return []
     return [f"misshapen {module} {found[0]} and {found[1]}, this model makes it {wanted[0]} and {wanted[1]}"]
 
@@ -139,11 +142,12 @@ def _config(file: Path, metadata: Mapping[str, str], network: Network) -> _Confi
         if not config:
             return None
         patterns = {key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
-        re.compile("|".join(patterns))
+        for key in patterns:
+            re.compile(key)
         found = _Config(patterns, float(config.get("lora_alpha", _PEFT_ALPHA)), bool(config.get("use_rslora")))
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise InputError(f"{file}: its {_METADATA} cannot be read ({error}); save it again") from error
-    if (beginning := config.get("init_lora_weights", True)) not in _KEEP_THE_BASE:
+    if str(beginning := config.get("init_lora_weights", True)).lower() not in _KEEP_THE_BASE:
         raise InputError(
             f"{file}: init_lora_weights={beginning!r} has changed the base, too; convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"

@@ -348,6 +348,8 @@ def test_faults_of_a_foreign_file_are_told_together(model: Path, tmp_path: Path)
         tensors["unet.conv_out.lora_A.weight"] = np.zeros((3, 16, 1, 1), np.float32)
         name = "down_blocks.0.resnets.0.conv1"
         tensors[f"lora_unet_{name.replace('.', '_')}.lora_down.weight"] = tensors[f"unet.{name}.lora_A.weight"]
+        tensors["unet.mid_block.resnets.0.conv1.lora_A.weight"] = np.zeros((), np.float32)
+        tensors["unet.mid_block.resnets.0.conv2.alpha"] = np.zeros(2, np.float32)
 
     lora_files.export(tmp_path / PEFT, stirred(model, Targets(conv_rank=3)), nnx.state(unet(model)), scale=1.0)
     with pytest.raises(InputError) as error:
@@ -357,6 +359,8 @@ def test_faults_of_a_foreign_file_are_told_together(model: Path, tmp_path: Path)
         "unexpected text_encoder.q.lora_A.weight",
         "misshapen conv_out (3, 16, 1, 1)",
         "down_blocks.0.resnets.0.conv1 by two names",
+        "misshapen mid_block.resnets.0.conv1 ()",
+        "misshapen mid_block.resnets.0.conv2 alpha (2,)",
     ):
         assert said in str(error.value)
 
