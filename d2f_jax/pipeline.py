@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from d2f_jax import ensemble as ensembles
 from d2f_jax import export, lora, lora_files, sharding, task, weights
-from d2f_jax.alignment import ALIGNED, Alignment
+from d2f_jax.alignment import ALIGNED, Alignment, Convention
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel
@@ -103,6 +103,11 @@ class Pipeline:
             )
         unet = self.unet if has == takes else task.widened(self.unet, takes)
         return dataclasses.replace(self, unet=unet, task=wanted, _programs={})
+
+    def by_convention(self, convention: Convention) -> "Pipeline":
+        """The same pipeline, aligned as far as it was, by `convention`, whatever the checkpoint or adapters record."""
+        how = dataclasses.replace(self.alignment, convention=convention)
+        return dataclasses.replace(self, alignment=how, _programs={})
 
     def ending_in_noise(self, asked_by: str) -> "Pipeline":
         """The same pipeline with its noise schedule rescaled to zero terminal SNR; an export then says so, too.

@@ -30,12 +30,14 @@ def load_as_it_is(config: Config, *, adapters: str | None = None, convention: Co
     """To be looked at, not trained: task and flow are what the checkpoint, or a file of `adapters`, records of itself.
 
     `config.objective` and `config.zero_terminal_snr` have no part in it. What records no alignment, as no diffusion
-    model does, is aligned: exactly, unless `convention` says otherwise. Raises InputError for a model or file that
-    cannot be loaded, and where `config.task` asks for another task.
+    model does, is aligned exactly; `convention` comes before what is recorded. Raises InputError for a model or file
+    that cannot be loaded, and where `config.task` asks for another task.
     """
-    pipeline = _read(config, Alignment(convention=convention) if convention else None)
+    pipeline = _read(config)
     if adapters is not None:
         pipeline = pipeline.with_lora(adapters)
+    if convention is not None:
+        pipeline = pipeline.by_convention(convention)
     check_task(config, pipeline.task)
     return pipeline
 
@@ -119,6 +121,6 @@ def filled(pipeline: Pipeline, unet: steps.UNetParams, frozen: steps.Frozen, ima
     return dataclasses.replace(pipeline, **networks, adapters=unet.adapters)
 
 
-def _read(config: Config, alignment: Alignment | None) -> Pipeline:
+def _read(config: Config, alignment: Alignment | None = None) -> Pipeline:
     variant = config.variant or None
     return Pipeline.from_pretrained(config.model, variant=variant, dtype=config.compute_dtype, alignment=alignment)

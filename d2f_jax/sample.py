@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from d2f_jax import program, report
-from d2f_jax.alignment import Alignment, Convention
+from d2f_jax.alignment import Convention
 from d2f_jax.data.sources import read_image
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
@@ -99,15 +99,11 @@ def main() -> None:
         rtol=_RTOL.value,
         atol=_ATOL.value,
     )
-    convention = cast(Convention | None, _CONVENTION.value)
-    pipeline = Pipeline.from_pretrained(
-        _MODEL.value,
-        variant=_VARIANT.value,
-        dtype=_DTYPE.value,
-        alignment=Alignment(convention=convention) if convention else None,
-    )
+    pipeline = Pipeline.from_pretrained(_MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value)
     if _LORA.value is not None:
         pipeline = pipeline.with_lora(_LORA.value)
+    if _CONVENTION.value is not None:
+        pipeline = pipeline.by_convention(cast(Convention, _CONVENTION.value))
     if picture is not None:
         depth = pipeline.depth(
             picture,

@@ -49,6 +49,13 @@ def test_the_published_code_s_checkpoints_record_nothing(models: dict[str, Path]
     assert prior.load_as_it_is(config, convention="reference").alignment == Alignment(convention="reference")
 
 
+def test_a_convention_aligns_nothing_that_was_not(models: dict[str, Path]) -> None:
+    config = of(quickstart.get_config(), models["naive"])
+    assert prior.load_as_it_is(config, convention="exact").alignment == NAIVE
+    found = prior.load_as_it_is(config, convention="reference").alignment
+    assert found == dataclasses.replace(NAIVE, convention="reference")
+
+
 def test_the_task_is_the_model_s_own(models: dict[str, Path]) -> None:
     seeing = prior.load_as_it_is(of(depth.get_config("diff2flow"), models["depth"]))
     assert (seeing.task, seeing.alignment) == (AT_PICTURE, NAIVE)
