@@ -1,35 +1,32 @@
 """LoRA merged into the kernels inside the step, against low-rank activations beside the layers.
 
+    PYTHONPATH=. python tests/benchmarks/lora_forms.py       # both of
     PYTHONPATH=. python tests/benchmarks/lora_forms.py size  # Stable Diffusion 2.1, by shapes alone
-    PYTHONPATH=. python tests/benchmarks/lora_forms.py time  # a quarter of its width, compiled and run
+    PYTHONPATH=. python tests/benchmarks/lora_forms.py time  # compiled and run, on a CPU a quarter of its width
 
 Loss and gradient of the UNet with the paper's two sets of adapters, and of the whole UNet; float32, no recomputation.
 First Stable Diffusion 2.1 at 512 pixels (64 x 64 latents): TFLOP a step, as XLA counts them before it optimises. Then
-the same UNet at a quarter of its width and half its latents' side, with ranks of 16 for 64: weights and activations are
-both about a sixteenth, so that their proportion is that of the full size. Memory is the temporaries of XLA's memory
-analysis; seconds are CPU time, the least of five runs (others used the machine too, which makes wall time useless).
-
-On two cores of an AMD EPYC, 2026-11-25, jax 0.10.2:
-
-                         TFLOP, full size                  a quarter of its width
-    trained  form        batch 1   batch 4   batch 16      MB, CPU s at batch 1     MB, CPU s at batch 4
-    all      -           2.36      9.43      37.70         240   0.75               1342   2.49
-    61.5M    merged      2.64      9.63      37.60         472   0.91               1544   2.61
-    61.5M    beside      1.96      7.84      31.36         448   0.83               1625   2.52
-    207.5M   merged      3.36      9.82      35.63         387   0.88               1389   2.49
-    207.5M   beside      2.16      8.65      34.61         401   0.77               1440   2.42
+memory and time of the same UNet, on a CPU at a quarter of its width and half its latents' side, with ranks of 16 for
+64: weights and activations are both about a sixteenth, so that their proportion is that of the full size. Memory is the
+temporaries of XLA's memory analysis; seconds are the least of five runs, on a CPU those of its time (others may use the
+machine too, which makes wall time useless). The record goes to results/benchmarks/lora_forms_DEVICE.json, its tables
+are in results/benchmarks.md.
 
 Merging costs 0.3 and 1.2 TFLOP a step whatever the batch, and computes gradients of whole kernels. Beside the layers
-that is saved (26% and 36% of the operations at batch 1, 17% and 3% at batch 16), but little of it comes back as time:
-9% and 12% at batch 1, 3% at batch 4, where it holds 4 to 5% more memory. Training merges: from a few pictures on a
-device the time is nearly the same and the memory less, and the network that is trained, judged, drawn with and exported
-is one function of its parameters. Where a device has a single picture, the other form is cheaper by these figures.
-TPUs and GPUs, half precision and recomputation were not measured.
+that is saved (26% and 36% of the operations at batch 1, 17% and 3% at batch 16), but less of it comes back as time, in
+two runs on a CPU 9 to 16% at batch 1 and 3 to 8% at batch 4, where it holds 4 to 5% more memory. Training merges: from
+a few pictures on a device it takes little more time, and less memory, and the network that is trained, judged, drawn
+with and exported is one function of its parameters. Where a device has a single picture, the other form is cheaper by
+these figures. TPUs and GPUs, half precision and recomputation were not measured.
 """
 
 import functools
+import json
+import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,6 +48,9 @@ QUARTER = UNetConfig(
 PRESETS = ("lora_small", "lora_base")
 FORMS = ("merged", "beside")
 REPEATS = 5
+ROOT = Path(__file__).parents[2]
+DEVICE = jax.devices()[0]
+ON_CPU = DEVICE.platform == "cpu"
 
 
 def targets(preset: str, config: UNetConfig) -> lora.Targets:
@@ -89,40 +89,61 @@ def network_of(config: UNetConfig, remat: str = "none") -> tuple[nnx.GraphDef, n
     return nnx.split(unet)
 
 
-def trained_of(params: nnx.State, preset: str, config: UNetConfig) -> Any:
-    return jax.eval_shape(lambda p: lora.init(p, jax.random.key(0), targets(preset, config)), params)
+def cases(config: UNetConfig, params: nnx.State) -> Iterator[tuple[str, str, Any]]:
+    """Form, preset, and shapes of what is trained."""
+    yield "full", "", params
+    for preset in PRESETS:
+        like = functools.partial(lora.init, key=jax.random.key(0), targets=targets(preset, config))
+        trained = jax.eval_shape(like, params)
+        yield from ((form, preset, trained) for form in FORMS)
 
 
-def size() -> None:
+def size() -> list[dict[str, Any]]:
     graphdef, params = network_of(FULL)
-    print("| form | preset | batch | TFLOP a step |\n|---|---|---|---|")
+    rows = []
     for batch in (1, 4, 16):
-        rows = [("full", "", params)]
-        rows += [(form, preset, trained_of(params, preset, FULL)) for preset in PRESETS for form in FORMS]
-        for form, preset, trained in rows:
+        for form, preset, trained in cases(FULL, params):
             lowered = gradient(graphdef, form).lower(trained, *arguments(params, FULL, batch, 64))
-            print(f"| {form} | {preset} | {batch} | {(chips.flops(lowered) or 0) / 1e12:.2f} |", flush=True)
+            row = {"form": form, "preset": preset, "batch": batch, "flops": chips.flops(lowered)}
+            print(row, flush=True)
+            rows.append(row)
+    return rows
 
 
-def run_time() -> None:
-    config = QUARTER
+def seconds() -> list[dict[str, Any]]:
+    config, side = (QUARTER, 32) if ON_CPU else (FULL, 64)
+    clock = time.process_time if ON_CPU else time.perf_counter
     graphdef, params = network_of(config)
-    print("| form | preset | batch | temporaries, MB | CPU s |\n|---|---|---|---|---|")
+    rows = []
     for batch in (1, 4):
-        rows = [("full", "", params)]
-        rows += [(form, preset, trained_of(params, preset, config)) for preset in PRESETS for form in FORMS]
-        for form, preset, trained in rows:
-            given = (trained, *arguments(params, config, batch, 32))
+        for form, preset, trained in cases(config, params):
+            given = (trained, *arguments(params, config, batch, side))
             compiled = gradient(graphdef, form).lower(*given).compile()
-            memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
+            memory = compiled.memory_analysis().temp_size_in_bytes
             arrays = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), given)
-            seconds = []
+            took = []
             for _ in range(REPEATS + 1):
-                began = time.process_time()
+                began = clock()
                 jax.block_until_ready(compiled(*arrays))
-                seconds.append(time.process_time() - began)
-            print(f"| {form} | {preset} | {batch} | {memory:.0f} | {min(seconds[1:]):.2f} |", flush=True)
+                took.append(clock() - began)
+            row = {"form": form, "preset": preset, "batch": batch, "temporaries": memory, "seconds": min(took[1:])}
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    kind = "cpu" if ON_CPU else DEVICE.device_kind.lower().replace(" ", "_")
+    file = ROOT / "results" / "benchmarks" / f"lora_forms_{kind}.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    record["device"] = f"{DEVICE.device_kind}, {os.cpu_count()} CPU cores"
+    parts = {"size": size, "time": seconds}
+    for name in sys.argv[1:] or parts:
+        stamp = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        record[name] = stamp | {"rows": parts[name]()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    {"size": size, "time": run_time}[sys.argv[1]]()
+    main()

@@ -1,15 +1,15 @@
 """results/benchmarks.md, from the records that the benchmarks have left in results/benchmarks/.
 
     ./launch/install.sh torch study
-    for what in against_pytorch convolutions cost_of_the_method startup loading input_pipeline growth report; do
-        PYTHONPATH=. .venv/bin/python tests/benchmarks/$what.py
-    done
+    for what in against_pytorch convolutions cost_of_the_method lora_forms startup loading input_pipeline growth report
+    do PYTHONPATH=. .venv/bin/python tests/benchmarks/$what.py; done
 
 Hours on a CPU; each script says at its head what it measures.
 """
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def main() -> None:
         parts.append("## On a GPU\n\nNot measured yet: `tests/benchmarks/against_pytorch.py` measures what it finds.\n")
     if (file := records / "cost_of_the_method.json").exists():
         parts.append(cost(json.loads(file.read_text())))
+    parts += [lora_forms(json.loads(file.read_text())) for file in sorted(records.glob("lora_forms_*.json"))]
     parts += [startup(json.loads(file.read_text())) for file in sorted(records.glob("startup_*.json"))]
     parts += [
         of(json.loads(file.read_text())) for name, of in ONES.items() if (file := records / f"{name}.json").exists()
@@ -124,6 +125,44 @@ Operations of a train step of Stable Diffusion 2.1 at 512 pixels and batch 1, op
 takes is in [study.md](study.md#cost).
 
 {table}"""
+
+
+def lora_forms(record: dict[str, Any]) -> str:
+    on_cpu = record["device"].startswith("cpu")
+    at = "At a quarter of its width and 32 x 32 latents" if on_cpu else "At 512 pixels"
+    measured = {
+        "size": "At 512 pixels, operations as XLA counts them before it optimises",
+        "time": f"{at}, temporaries and time",
+    }
+    cells: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+        "size": {"TFLOP": lambda row: f"{row['flops'] / 1e12:.2f}"},
+        "time": {
+            "MB": lambda row: f"{row['temporaries'] / 1e6:,.0f}",
+            "CPU s" if on_cpu else "s": lambda row: f"{row['seconds']:.2f}" if on_cpu else f"{row['seconds']:.3g}",
+        },
+    }
+    parts = [
+        f"""## LoRA merged into the kernels, or beside the layers: {record["device"]}
+
+Loss and gradient of Stable Diffusion 2.1's UNet in float32. Why training merges is told at the head of
+[lora_forms.py](../tests/benchmarks/lora_forms.py).
+"""
+    ]
+    for part, what in measured.items():
+        if part in record:
+            parts.append(f"{what}; jax {record[part]['jax']}, {record[part]['date']}.\n")
+            parts.append(by_batch(record[part]["rows"], cells[part]))
+    return "\n".join(parts)
+
+
+def by_batch(found: list[dict[str, Any]], cells: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """A row for each way to train, and in it cells for each batch."""
+    batches = sorted({row["batch"] for row in found})
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row in sorted(found, key=lambda row: row["batch"]):
+        rows.setdefault((row["preset"], row["form"]), []).extend(cell(row) for cell in cells.values())
+    header = ["trained", "adapters", *(f"{name} at batch {batch}" for batch in batches for name in cells)]
+    return report.markdown_table(header, [[p or "all", form if p else "", *row] for (p, form), row in rows.items()])
 
 
 def startup(record: dict[str, Any]) -> str:
