@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from d2f_jax import step as steps
 from d2f_jax.data.open import open_source
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.pipeline import Pipeline, task_of
 from d2f_jax.program import Config
@@ -65,13 +65,11 @@ def model_configs(model: str) -> tuple[dict[str, dict[str, Any]], str]:
 def make_pipeline(config: Config, configs: dict[str, dict[str, Any]]) -> Pipeline:
     """With shapes in place of parameters, and without a tokenizer: nothing can be drawn with it."""
 
-    def build(network: Callable[..., Any], part_config: Any) -> Any:
-        return network(part_config, dtype=jnp.dtype(config.compute_dtype), rngs=nnx.Rngs(0))
-
-    unet_config = UNetConfig.from_dict(configs["unet"])
-    unet = nnx.eval_shape(lambda: build(UNet2DConditionModel, unet_config))
-    vae = nnx.eval_shape(lambda: weights.make_vae(configs["vae"], dtype=jnp.dtype(config.compute_dtype)))
-    text_encoder = nnx.eval_shape(lambda: build(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"])))
+    dtype = jnp.dtype(config.compute_dtype)
+    unet_config, text_config = UNetConfig.from_dict(configs["unet"]), CLIPTextConfig.from_dict(configs["text_encoder"])
+    unet = shapes_of(lambda rngs: UNet2DConditionModel(unet_config, dtype=dtype, rngs=rngs))
+    vae = shapes_of(lambda rngs: weights.make_vae(configs["vae"], rngs, dtype=dtype))
+    text_encoder = shapes_of(lambda rngs: CLIPTextModel(text_config, dtype=dtype, rngs=rngs))
     pipeline = Pipeline(
         unet=unet,
         vae=vae,
@@ -84,10 +82,11 @@ def make_pipeline(config: Config, configs: dict[str, dict[str, Any]]) -> Pipelin
     )
     wanted = settings.make_task(config)
 
-    def for_task() -> UNet2DConditionModel:
-        return dataclasses.replace(pipeline, unet=build(UNet2DConditionModel, unet_config)).for_task(wanted).unet
+    def for_task(rngs: nnx.Rngs) -> UNet2DConditionModel:
+        unet = UNet2DConditionModel(unet_config, dtype=dtype, rngs=rngs)
+        return dataclasses.replace(pipeline, unet=unet).for_task(wanted).unet
 
-    made = dataclasses.replace(pipeline, unet=nnx.eval_shape(for_task), task=wanted)
+    made = dataclasses.replace(pipeline, unet=shapes_of(for_task), task=wanted)
     return prior.scheduled(made, config)
 
 

@@ -60,7 +60,7 @@ def convert(file: Path, base: Pipeline, *, lora_scale: float = 1.0) -> Pipeline:
     net = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     keys = [weights.key_of(path) for path, _ in nnx.to_flat_state(nnx.state(base.unet))]
     unet = weights.fill(
-        lambda: UNet2DConditionModel(base.unet.config, dtype=base.unet.dtype, rngs=nnx.Rngs(0)),
+        lambda rngs: UNet2DConditionModel(base.unet.config, dtype=base.unet.dtype, rngs=rngs),
         Published(file, merged(net, lora_scale), dict(named(keys, base.unet.config))),
         fits="the UNet of --base",
     )

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from d2f_jax.errors import InputError
+from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel
 
 Name = Literal["text_to_image", "image_to_depth"]
@@ -89,7 +90,7 @@ def widened(unet: UNet2DConditionModel, inputs: int) -> UNet2DConditionModel:
     flat[_CONV_IN] = kernel.replace(jnp.tile(kernel[...], (1, 1, inputs, 1)) / inputs)
     config = dataclasses.replace(unet.config, in_channels=inputs * unet.config.in_channels)
     dtypes = {"dtype": unet.dtype, "param_dtype": kernel.dtype}
-    wide = nnx.eval_shape(lambda: UNet2DConditionModel(config, **dtypes, rngs=nnx.Rngs(0)))
+    wide = shapes_of(lambda rngs: UNet2DConditionModel(config, **dtypes, rngs=rngs))
     return nnx.merge(nnx.graphdef(wide), nnx.from_flat_state(flat))
 
 

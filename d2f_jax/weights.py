@@ -25,6 +25,7 @@ from transformers import CLIPTokenizer
 
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.taesd import AutoencoderTiny, TinyConfig
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
@@ -59,7 +60,7 @@ def load_unet(
     folder = component_folder(path_or_hub_id, "unet", variant=variant, revision=revision)
     config = UNetConfig.from_dict(_read_json(folder / "config.json"))
     return fill(
-        lambda: UNet2DConditionModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        lambda rngs: UNet2DConditionModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
         Tensors(_files(folder, _DIFFUSERS, variant), _modern),
     )
 
@@ -76,16 +77,20 @@ def load_vae(
     folder = component_folder(path_or_hub_id, "vae", variant=variant, revision=revision)
     config = _read_json(folder / "config.json")
     return fill(
-        lambda: make_vae(config, dtype=dtype, param_dtype=param_dtype),
+        lambda rngs: make_vae(config, rngs, dtype=dtype, param_dtype=param_dtype),
         Tensors(_files(folder, _DIFFUSERS, variant), _modern),
     )
 
 
 def make_vae(
-    config: Mapping[str, Any], *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+    config: Mapping[str, Any],
+    rngs: nnx.Rngs,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> Autoencoder:
     """The autoencoder that a `vae/config.json` describes, without its weights. Raises InputError for any other."""
-    options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)}
+    options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     match config.get("_class_name", "AutoencoderKL"):
         case "AutoencoderKL":
             return AutoencoderKL(VAEConfig.from_dict(config), **options)
@@ -107,7 +112,7 @@ def load_text_encoder(
     folder = component_folder(path_or_hub_id, "text_encoder", variant=variant, revision=revision)
     config = CLIPTextConfig.from_dict(_read_json(folder / "config.json"))
     return fill(
-        lambda: CLIPTextModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        lambda rngs: CLIPTextModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
         Tensors(_files(folder, _TRANSFORMERS, variant), _modern),
     )
 
@@ -130,7 +135,7 @@ def load_clip(
         raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     config = CLIPConfig.from_dicts(filled["text_config"], filled["vision_config"], filled["projection_dim"])
     return fill(
-        lambda: CLIPModel(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+        lambda rngs: CLIPModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
         Tensors(_files(folder, _TRANSFORMERS, None)),
     )
 
@@ -316,12 +321,12 @@ def _modern(name: str) -> str:
     return name
 
 
-def fill(build: Callable[[], Model], tensors: Tensors, *, fits: str = "its config.json") -> Model:
-    """The module with its parameters read tensor by tensor, so that no second copy of them is ever in memory.
+def fill(build: Callable[[nnx.Rngs], Model], tensors: Tensors, *, fits: str = "its config.json") -> Model:
+    """The module that `build(rngs)` makes, with parameters that are read one by one: a second copy is never in memory.
 
     Raises one InputError naming what is missing, unexpected or misshapen; `fits` is what they were expected to fit.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(build))
+    graphdef, abstract = nnx.split(shapes_of(build))
     flat = dict(nnx.to_flat_state(abstract))
     keys = {path: key_of(path) for path in flat}
     present = {name for name in tensors.names() if not name.endswith(_NO_PARAMETERS)}

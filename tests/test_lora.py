@@ -17,6 +17,7 @@ from d2f_jax import lora, optim, prior, settings
 from d2f_jax import step as steps
 from d2f_jax.errors import InputError
 from d2f_jax.lora import Adapter, Conditional, Targets
+from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 EVERYTHING = Targets(
@@ -46,7 +47,7 @@ def network(linear: bool = False) -> UNet2DConditionModel:
 @functools.cache
 def abstract(version: str) -> nnx.State:
     config = UNetConfig(**{"1.5": twins.SD15_UNET, "2.1": twins.SD21_UNET}[version])
-    return nnx.state(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))))
+    return nnx.state(shapes_of(lambda rngs: UNet2DConditionModel(config, rngs=rngs)))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from test_step import OPTIMIZER
 
 from d2f_jax import InputError, load_unet, lora, prior, sharding
 from d2f_jax import step as steps
+from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
@@ -141,7 +142,7 @@ ADAPTED = lora.Targets(self_attention_rank=16, cross_attention_rank=16, attentio
 
 @functools.cache
 def abstract_unet(config: UNetConfig) -> nnx.State:
-    return nnx.split(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))))[1]
+    return nnx.split(shapes_of(lambda rngs: UNet2DConditionModel(config, rngs=rngs)))[1]
 
 
 def parts_of_state(state: steps.TrainState) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import safetensors.numpy
 from flax import nnx
 
 from d2f_jax.data.shapes import COLOURS, SHAPES
+from d2f_jax.models.layers import shapes_of
 
 PAIRS: tuple[tuple[str, str], ...] = tuple(itertools.product(COLOURS, SHAPES))
 NUM_FEATURES = 96
@@ -64,7 +65,7 @@ def load_classifier() -> ShapesClassifier:
     """With the weights that ship with the package."""
     data = importlib.resources.files("d2f_jax").joinpath("assets", _ASSET).read_bytes()
     tensors = safetensors.numpy.load(data)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: ShapesClassifier(nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(shapes_of(ShapesClassifier))
     flat = dict(nnx.to_flat_state(abstract))
     names = {path: ".".join(map(str, path)) for path in flat}
     if set(names.values()) != set(tensors):

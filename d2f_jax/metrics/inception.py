@@ -35,7 +35,7 @@ def load_inception(file: str | Path | None) -> InceptionV3:
     if file.suffix != ".safetensors":
         raise InputError(f"{file} is no .safetensors file; {_RECIPE}")
     return weights.fill(
-        lambda: InceptionV3(rngs=nnx.Rngs(0)), weights.Tensors([file]), fits="the InceptionV3 that FID is defined on"
+        lambda rngs: InceptionV3(rngs=rngs), weights.Tensors([file]), fits="the InceptionV3 that FID is defined on"
     )
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from d2f_jax.models.attention import FUSED, attention
 
 Tree = TypeVar("Tree")
+Network = TypeVar("Network", bound=nnx.Module)
 Recompute = Literal["nothing", "elementwise", "everything"]
 """Of a block's inside in the backward pass; "elementwise" keeps what costs: results of weights and fused kernels."""
 
@@ -41,6 +42,21 @@ class Build:
 
     def layer_norm(self, width: int, eps: float = 1e-5) -> "LayerNorm":
         return LayerNorm(width, eps, self)
+
+
+class _OneKey(nnx.Rngs):
+    """The same key for every parameter: for tracing alone, where nothing is drawn.
+
+    nnx counts its keys in an array, and while it is traced every count takes longer than the one before.
+    """
+
+    def params(self) -> jax.Array:
+        return self.default.key[...]
+
+
+def shapes_of(build: Callable[[nnx.Rngs], Network]) -> Network:
+    """The network that `build(rngs)` makes, with shapes in place of its parameters."""
+    return nnx.eval_shape(lambda: build(_OneKey(0)))
 
 
 def in_compute_dtype(params: Tree, dtype: DTypeLike) -> Tree:

@@ -35,6 +35,7 @@ from flax import nnx
 
 from configs import quickstart
 from d2f_jax import chips, lora, prior
+from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 FULL = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
@@ -84,7 +85,7 @@ def arguments(params: nnx.State, config: UNetConfig, batch: int, side: int) -> t
 
 
 def network_of(config: UNetConfig, remat: str = "none") -> tuple[nnx.GraphDef, nnx.State]:
-    unet = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    unet = shapes_of(lambda rngs: UNet2DConditionModel(config, rngs=rngs))
     unet.set_remat(remat)
     return nnx.split(unet)
 

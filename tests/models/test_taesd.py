@@ -78,4 +78,4 @@ def test_other_networks_are_refused_by_name(change: dict, said: str) -> None:
 
 def test_other_autoencoders_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="AsymmetricAutoencoderKL is not supported"):
-        make_vae({"_class_name": "AsymmetricAutoencoderKL"})
+        make_vae({"_class_name": "AsymmetricAutoencoderKL"}, nnx.Rngs(0))
