@@ -193,8 +193,8 @@ def loading(record: dict[str, Any]) -> str:
     table = report.markdown_table(["loaded by", "as", "seconds", "GB/s of file", "peak memory"], rows)
     return f"""## Loading the UNet of Stable Diffusion 2.1
 
-From a file of {record["file_bytes"] / 1e9:.2f} GB in half precision, in the page cache; {facts(record)}. diffusers
-maps what it need not convert, and reads it when it is used.
+From a file of {record["file_bytes"] / 1e9:.2f} GB in half precision, in the page cache. diffusers maps what it need not
+convert, and reads it when it is used. {facts(record)}.
 
 {table}"""
 
@@ -204,7 +204,8 @@ def input_pipeline(record: dict[str, Any]) -> str:
     table = report.markdown_table(["source", "pixels", *(f"{n} workers" for n in record["workers"])], rows)
     return f"""## Examples per second from the loader
 
-Decoded, cropped and tokenised, by source and `config.data.num_workers`; nothing uses them. {facts(record)}.
+Decoded, cropped and tokenised, by source and `config.data.num_workers`; nothing uses them.
+{facts(record)}.
 
 {table}"""
 
