@@ -109,6 +109,7 @@ Line = tuple[str, Mapping[str, Mapping[int, float]]]
 
 def curves(axis: Any, lines: Sequence[Line], places: Sequence[str], *, logarithmic: bool) -> None:
     """Means joined by a line, a standard deviation to both sides, every seed as a dot; places are evenly spaced."""
+    apart, colours = min(0.06, 0.4 / len(lines)), len(plt.rcParams["axes.prop_cycle"])
     for i, (label, by_place) in enumerate(lines):
         xs = [x for x, place in enumerate(places) if by_place.get(place)]
         if not xs:
@@ -116,8 +117,8 @@ def curves(axis: Any, lines: Sequence[Line], places: Sequence[str], *, logarithm
         values = [list(by_place[places[x]].values()) for x in xs]
         means = [statistics.mean(v) for v in values]
         spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        shifted = np.array(xs) + 0.06 * (i - (len(lines) - 1) / 2)  # bars beside each other
-        (line,) = axis.plot(shifted, means, label=label, linewidth=1.6)
+        shifted = np.array(xs) + apart * (i - (len(lines) - 1) / 2)  # bars beside each other
+        (line,) = axis.plot(shifted, means, "--" if i >= colours else "-", label=label, linewidth=1.6)
         colour = line.get_color()
         low = [max(mean - s, 1e-9) if logarithmic else mean - s for mean, s in zip(means, spread, strict=True)]
         axis.vlines(shifted, low, [m + s for m, s in zip(means, spread, strict=True)], color=colour, linewidth=1)
