@@ -255,6 +255,7 @@ def test_search_tells_the_fastest_first(
 
 def test_what_the_compiler_said_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "1")
+    monkeypatch.setattr(oracle, "_OPTIONS", {})  # are those of the TPU's compiler, and this one is the CPU's
     lowered = jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32))
     first = oracle.ask(lowered, topology(), tmp_path)
     assert first.fits and first.arguments == 64 and "multiply" in first.hlo
@@ -277,7 +278,7 @@ def test_a_lack_of_memory_is_an_answer(message: str) -> None:
     class Failing:
         text: str
 
-        def compile(self) -> None:
+        def compile(self, options: dict) -> None:
             raise JaxRuntimeError(self.text)
 
     answer = oracle._compiled(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
