@@ -39,8 +39,8 @@ def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, s
     """What finetuning changed, and what alignment alone did.
 
     With complete, exact alignment and Euler steps that begin at the last timestep's flow time the second and the third
-    row are the same pictures. Neither depth, which it
-    cannot tell, nor a flow that it records and that is no diffusion, is drawn of the prior by DDIM.
+    row are the same pictures. Neither depth, which it cannot tell, nor a flow that it records and that is no diffusion,
+    is drawn of the prior by DDIM.
     """
     came = dataclasses.replace(prior, alignment=recorded_alignment(prior.scheduler_config), _programs={})
     ddim, ddim_on_flow_grid = Sampler("ddim"), Sampler("ddim_on_flow_grid", shift=sampler.shift)

@@ -23,8 +23,8 @@ from d2f_jax.chips import TPU, TPUS
 from d2f_jax.errors import InputError, SaveError
 
 # For most of its time the compiler looks for better tiles of each convolution. With this it ends the search a little
-# early: of Stable Diffusion's convolutions it then estimates the same cycles, in a quarter of the time; what is in
-# memory, and what goes through it, does not depend on tiles.
+# early. Two of Stable Diffusion's it compiled to the same estimate of cycles in a quarter of the time, for v6e; memory
+# and traffic of a block, and all that is told of tiny-sd, were the same with it and without.
 _OPTIONS: dict[str, str | bool] = {"xla_jf_convolution_performance_target": "0.99"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
