@@ -20,25 +20,34 @@ from launch.study.numbers import Claim, Known, Section, compared, told, versus
 SHARE = 0.2  # of pictures of one colour in a batch; the others are ShapesWorld's
 NOISES = 16  # pictures of each colour
 GUIDANCES = (1.0, GUIDANCE)
+TO_NOISE = "-to-noise"  # after an objective: with a schedule that ends in pure noise
 ASKED = {
     "diff2flow": ("Euler", "Euler from t = 0"),
     "flow_matching": ("Euler",),
     "diffusion": ("DDIM", "DDIM on the flow grid"),
+    "diff2flow" + TO_NOISE: ("Euler",),
+    "diffusion" + TO_NOISE: ("DDIM on the flow grid",),
 }
 
 
 def cells(size: Size, seed: int) -> list[Cell]:
-    return [finetuned(size, objective, seed) for objective in ASKED]
+    return [finetuned(size, learner, seed) for learner in ASKED]
 
 
-def name(objective: str, seed: int) -> str:
-    return f"colours-{objective}-{seed}"
+def name(learner: str, seed: int) -> str:
+    return f"colours-{learner}-{seed}"
 
 
-def finetuned(size: Size, objective: str, seed: int) -> Cell:
+def label(learner: str) -> str:
+    plain = LABELS[learner.removesuffix(TO_NOISE)]
+    return f"{plain} to pure noise" if learner.endswith(TO_NOISE) else plain
+
+
+def finetuned(size: Size, learner: str, seed: int) -> Cell:
     """The prior, which was never told of such pictures, and what training on them makes of it."""
     last = size.steps // 4
-    config = adaptation.run(size, objective, seed, last)
+    config = adaptation.run(size, learner.removesuffix(TO_NOISE), seed, last)
+    config.zero_terminal_snr = learner.endswith(TO_NOISE)
     config.data.sources, config.data.weights = (LATENTS, COLOURS), (1 - SHARE, SHARE)
     marks = 0, last // 4, last
 
@@ -47,7 +56,7 @@ def finetuned(size: Size, objective: str, seed: int) -> Cell:
             if mark not in marks:
                 return {}
             strip = folder / cells_of.STRIPS / f"{mark:06}.png" if seed == size.seeds[0] else None
-            return ask(pipeline, size, objective, seed, strip)
+            return ask(pipeline, size, learner, seed, strip)
 
         curve = training.curve(bench, config, folder, judge)
         return {"curve": curve, "vae": vae_alone(prior.load(bench.placed(config)), size)}
@@ -57,19 +66,19 @@ def finetuned(size: Size, objective: str, seed: int) -> Cell:
         "marks": marks,
         "colours": {colour: uniform.COLOURS[colour] for colour in COLOUR_NAMES},
         "noises": NOISES,
-        "samplers": ASKED[objective],
+        "samplers": ASKED[learner],
         "step_counts": (size.few, size.many),
         "guidances": GUIDANCES,
     }
-    return Cell(name=name(objective, seed), settings=settings, compute=compute, minutes=4.0)
+    return Cell(name=name(learner, seed), settings=settings, compute=compute, minutes=4.0)
 
 
-def ask(pipeline: Pipeline, size: Size, objective: str, seed: int, strip: Path | None) -> dict[str, Any]:
+def ask(pipeline: Pipeline, size: Size, learner: str, seed: int, strip: Path | None) -> dict[str, Any]:
     """`{sampler: {steps: {guidance: {colour: numbers}}}}`; `strip` receives a picture of each colour, by many steps."""
     prompts = [uniform.caption(colour) for colour in COLOUR_NAMES for _ in range(NOISES)]
     seen = decoded(pipeline, size)
     told: dict[str, Any] = {}
-    for sampler in ASKED[objective]:
+    for sampler in ASKED[learner]:
         for num_steps in (size.few, size.many):
             for guidance in GUIDANCES:
                 images = pipeline(
@@ -87,7 +96,7 @@ def ask(pipeline: Pipeline, size: Size, objective: str, seed: int, strip: Path |
                     for colour, drawn in zip(COLOUR_NAMES, by_colour, strict=True)
                 }
                 told.setdefault(sampler, {}).setdefault(str(num_steps), {})[f"{guidance:g}"] = numbers
-                if strip is not None and (sampler, num_steps, guidance) == (ASKED[objective][0], size.many, GUIDANCE):
+                if strip is not None and (sampler, num_steps, guidance) == (ASKED[learner][0], size.many, GUIDANCE):
                     keep(strip, by_colour[:, 0])
     return told
 
@@ -126,27 +135,26 @@ def section(known: Known, pictures: Path) -> Section:
     size, last, many = known.size, str(known.size.steps // 4), str(known.size.many)
     guidance = f"{GUIDANCE:g}"
     strips = {o: known.strips(f"colours-{o}", size.pixels) for o in ASKED}
-    rows = {"prior": strips["diffusion"][:1]} | {LABELS[o]: strip[-1:] for o, strip in strips.items()}
+    rows = {"prior": strips["diffusion"][:1]} | {label(o): strip[-1:] for o, strip in strips.items()}
     shown = numbers.picture_grid(rows, [", ".join(COLOUR_NAMES)], pictures / "colours.png")
 
     def table(what: str) -> str:
-        header = ["", *(label for label, _ in _columns(last)), "VAE alone"]
+        columns = (*COLOUR_NAMES, "all")
         body = [
-            [
-                colour,
-                *(told(list(_of(known, *path, many, guidance, colour, what).values())) for _, path in _columns(last)),
-                told(list(_vae(known, what, colour).values())),
-            ]
-            for colour in (*COLOUR_NAMES, "all")
+            [label, *(told(list(_of(known, *path, many, guidance, colour, what).values())) for colour in columns)]
+            for label, path in _rows(last)
         ]
-        return report.markdown_table(header, body)
+        body.append(["VAE alone", *(told(list(_vae(known, what, colour).values())) for colour in columns)])
+        return report.markdown_table(["", *columns], body)
 
     text = f"""
 The captions are "a black image" and the like, which tiny-sd has never seen; {SHARE:.0%} of each batch are such
 pictures, the others ShapesWorld, for {last} steps. tiny-sd predicts v on Stable Diffusion's schedule, whose last
 timestep still holds 6.8% of the data: {NOISES} pictures of each colour begin with pure noise, whose mean says
-grey. Levels are of 255, with {many} steps and guidance {guidance}. The VAE is frozen and never saw such pictures
-either: encoded and decoded again, black is dark grey, so that the first table holds its error too.
+grey. "To pure noise" is the same training on that schedule rescaled to zero terminal SNR
+(`config.zero_terminal_snr`). Levels are of 255, with {many} steps and guidance {guidance}. The VAE is frozen and
+never saw such pictures either: encoded and decoded again, black is dark grey, so that the first table holds its
+error too.
 
 Mean absolute error against the colour:
 
@@ -166,43 +174,38 @@ One picture of each colour:
     return Section("Pictures of one colour", text, _claims(known, last, many))
 
 
+_JUDGED = {"diff2flow": "Euler", "diffusion": "DDIM on the flow grid"}
+
+
 def _claims(known: Known, last: str, many: str) -> list[Claim]:
+    asked = [("diff2flow", "diffusion", "Diff2Flow comes closer to black and white than diffusion does")]
+    for learner in _JUDGED:
+        text = f"Of {label(learner)}, a schedule that ends in pure noise comes closer to them than its own"
+        asked.append((learner + TO_NOISE, learner, text))
     made = []
     for guidance in (f"{g:g}" for g in GUIDANCES):
-        flow, diffusion, prior_itself = (
-            {seed: sum(v) / 2 for seed, v in _extremes(known, objective, mark, sampler, many, guidance).items()}
-            for objective, mark, sampler in (
-                ("diff2flow", last, "Euler"),
-                ("diffusion", last, "DDIM on the flow grid"),
-                ("diffusion", "0", "DDIM on the flow grid"),
-            )
-        )
-        made.append(
-            Claim(
-                f"Diff2Flow comes closer to black and white than diffusion does, guidance {guidance}",
-                compared(flow, diffusion, lambda a, b: a < b),
-                f"{versus(flow, diffusion)} levels from what the VAE makes "
-                f"of them, the prior {told(list(prior_itself.values()))}",
-            )
-        )
+        prior = told(list(_extremes(known, "diffusion", "0", many, guidance).values()))
+        for better, than, text in asked:
+            a, b = (_extremes(known, learner, last, many, guidance) for learner in (better, than))
+            numbers = f"{versus(a, b)} levels from what the VAE makes of them, the prior {prior}"
+            made.append(Claim(f"{text}, guidance {guidance}", compared(a, b, lambda a, b: a < b), numbers))
     return made
 
 
-def _extremes(
-    known: Known, objective: str, mark: str, sampler: str, steps: str, guidance: str
-) -> dict[int, list[float]]:
-    """Errors of black and of white by seed."""
+def _extremes(known: Known, learner: str, mark: str, steps: str, guidance: str) -> dict[int, float]:
+    """The mean error of black and of white by seed."""
+    sampler = _JUDGED[learner.removesuffix(TO_NOISE)]
     black, white = (
-        _of(known, objective, mark, sampler, steps, guidance, colour, "error_to_vae") for colour in ("black", "white")
+        _of(known, learner, mark, sampler, steps, guidance, colour, "error_to_vae") for colour in ("black", "white")
     )
-    return {seed: [black[seed], white[seed]] for seed in black}
+    return {seed: (black[seed] + white[seed]) / 2 for seed in black}
 
 
-def _columns(last: str) -> list[tuple[str, tuple[str, str, str]]]:
+def _rows(last: str) -> list[tuple[str, tuple[str, str, str]]]:
     """Label, and objective, mark and sampler."""
     return [
         ("prior", ("diffusion", "0", "DDIM")),
-        *((f"{LABELS[o]}, {sampler}", (o, last, sampler)) for o, samplers in ASKED.items() for sampler in samplers),
+        *((f"{label(o)}, {sampler}", (o, last, sampler)) for o, samplers in ASKED.items() for sampler in samplers),
     ]
 
 
