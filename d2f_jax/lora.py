@@ -201,6 +201,10 @@ class _Adapted(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if isinstance(self.adapter, Conditional) and self.condition is not None:
+            if len(self.condition) != len(z):
+                raise ValueError(
+                    f"{len(self.condition)} pictures condition adapters of {len(z)} rows; give one for each"
+                )
             shape = (*z.shape[:3], self.condition.shape[-1])
             c = jax.image.resize(self.condition, shape, "linear").astype(y.dtype)
             z = z * (1 + c @ self.adapter.gamma.astype(y.dtype)) + c @ self.adapter.beta.astype(y.dtype)

@@ -67,10 +67,8 @@ def save(
 
     `learned` reads back `how`.
     """
-    told = {"targets": targets, "task": how.task, "alignment": how.alignment}
-    metadata = {name: json.dumps(dataclasses.asdict(value)) for name, value in told.items()}
-    metadata |= {"zero_terminal_snr": json.dumps(how.zero_terminal_snr)}
-    metadata |= {"format": _FORMAT, "scale": repr(float(scale))}
+    metadata = {"format": _FORMAT, "scale": repr(float(scale)), "targets": json.dumps(dataclasses.asdict(targets))}
+    metadata |= _told(how)
     _write(Path(file), {name: np.asarray(x) for name, x in _flat(trained).items()}, metadata)
 
 
@@ -95,7 +93,7 @@ def load(file: str | Path, params: nnx.State, text_encoder: nnx.State | None = N
 
 
 def learned(file: str | Path) -> Learned | None:
-    """What a file of `save` says that its adapters learned, and how; other files do not tell.
+    """What a file of `save` or `export` says that its adapters learned, and how; others do not tell.
 
     A file that was written before it told of the schedule counts as one without zero terminal SNR. Raises InputError as
     `load`.
@@ -103,7 +101,7 @@ def learned(file: str | Path) -> Learned | None:
     file = Path(file)
     with _opened(file) as handle:
         metadata = handle.metadata() or {}
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != _FORMAT and "alignment" not in metadata:
         return None
     try:
         return Learned(
@@ -116,9 +114,17 @@ def learned(file: str | Path) -> Learned | None:
 
 
 def export(
-    file: str | Path, trained: Trained, params: nnx.State, *, scale: float, layout: Layout = "peft"
+    file: str | Path,
+    trained: Trained,
+    params: nnx.State,
+    *,
+    scale: float,
+    layout: Layout = "peft",
+    how: Learned = _USUAL,
 ) -> Path | None:
     """Writes what is a LoRA for diffusers' `pipe.load_lora_weights(FILE)`, on the base `params`.
+
+    `learned` reads back `how`, which diffusers does not ask for.
 
     What is none, fully trained biases and norms, goes beside it, and has to be put in place first:
     `pipe.unet.load_state_dict(load_file(...), strict=False)`. Returns that file, or None if there is nothing of the
@@ -148,13 +154,21 @@ def export(
         tensors[down], tensors[up] = _torch(a), _torch(b)
         if layout == "kohya":
             tensors[_alpha(down)] = np.float32(rank)
-    _write(file, tensors, {"format": "pt"})
+    _write(file, tensors, {"format": "pt"} | _told(how))
     beside = file.with_name(f"{file.stem}.biases_and_norms.safetensors")
     if not rest:
         beside.unlink(missing_ok=True)
         return None
     _write(beside, rest, {"format": "pt"})
     return beside
+
+
+def _told(how: Learned) -> dict[str, str]:
+    return {
+        "task": json.dumps(dataclasses.asdict(how.task)),
+        "alignment": json.dumps(dataclasses.asdict(how.alignment)),
+        "zero_terminal_snr": json.dumps(how.zero_terminal_snr),
+    }
 
 
 @contextlib.contextmanager

@@ -32,9 +32,13 @@ _PARTS = {
     ".lora_linear_layer.up.weight": "up",
     ".lora_down.weight": "down",  # kohya's
     ".lora_up.weight": "up",
+    "_lora.down.weight": "down",  # and of diffusers before 0.22, after its processor's name
+    "_lora.up.weight": "up",
     ".alpha": "alpha",
 }
 _METADATA = "lora_adapter_metadata"
+_PEFT = "base_model.model."  # before every name in a file that PEFT itself has written
+_PEFT_CONFIG = "adapter_config.json"  # beside it
 _PEFT_ALPHA = 8.0  # of a LoraConfig that gives none
 _KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # of PEFT's ways to begin
 _SHOWN = 8  # of the tensors at fault, in an error
@@ -51,8 +55,9 @@ def read(
     trained: dict[Network, Trained] = {}
     faults: list[str] = []
     rest = dict(tensors)
+    by_peft = any(name.startswith(_PEFT) for name in tensors)
     for network, params in networks.items():
-        trained[network], more = _read(rest, network, params, _config(file, metadata, network))
+        trained[network], more = _read(rest, network, params, _config(file, metadata, network, by_peft=by_peft))
         faults += more
     faults += [f"unexpected {name}" for name in sorted(rest)] if tensors else ["missing every tensor"]
     refuse(file, faults)
@@ -70,8 +75,12 @@ def _names(network: Network, module: str) -> tuple[str, ...]:
     """What a layer is called; newer versions of transformers leave text_model out."""
     flat = module.replace(".", "_")
     if network == "unet":
-        return f"unet.{module}", f"lora_unet_{flat}"
-    return f"text_encoder.{module}", f"text_encoder.text_model.{module}", f"lora_te_text_model_{flat}"
+        attention, _, projection = module.removesuffix(".0").rpartition(".")
+        processor = f"{attention}.processor.{projection}"
+        return f"unet.{module}", f"lora_unet_{flat}", f"{_PEFT}{module}", processor, f"unet.{processor}"
+    whole = f"text_model.{module}"
+    names = f"lora_te_text_model_{flat}", f"{_PEFT}{module}", f"{_PEFT}{whole}"
+    return f"text_encoder.{module}", f"text_encoder.{whole}", *names
 
 
 def _read(
@@ -134,19 +143,27 @@ class _Config:
         return next(matching, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _config(file: Path, metadata: Mapping[str, str], network: Network) -> _Config | None:
-    """The network's, where diffusers has written it into the file's metadata."""
+def _config(file: Path, metadata: Mapping[str, str], network: Network, *, by_peft: bool) -> _Config | None:
+    """The network's, where diffusers has written it into the file's metadata, or PEFT beside the file."""
+    what = _PEFT_CONFIG if by_peft else _METADATA
     try:
-        told = json.loads(metadata.get(_METADATA) or "{}")
-        config = {key.partition(".")[2]: value for key, value in told.items() if key.startswith(f"{network}.")}
+        if by_peft:
+            config = json.loads(file.with_name(_PEFT_CONFIG).read_text())
+        else:
+            told = json.loads(metadata.get(_METADATA) or "{}")
+            config = {key.partition(".")[2]: value for key, value in told.items() if key.startswith(f"{network}.")}
         if not config:
             return None
         patterns = {key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
         for key in patterns:
             re.compile(key)
         found = _Config(patterns, float(config.get("lora_alpha", _PEFT_ALPHA)), bool(config.get("use_rslora")))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{file}: PEFT has written {_PEFT_CONFIG} beside it, which tells its scale; bring it"
+        ) from error
     except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise InputError(f"{file}: its {_METADATA} cannot be read ({error}); save it again") from error
+        raise InputError(f"{file}: its {what} cannot be read ({error}); save it again") from error
     if str(beginning := config.get("init_lora_weights", True)).lower() not in _KEEP_THE_BASE:
         raise InputError(
             f"{file}: init_lora_weights={beginning!r} has changed the base, too; convert it with PEFT's "

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import safetensors.numpy
 import safetensors.torch
@@ -104,7 +105,10 @@ def test_what_they_learned_and_how_comes_back_too(model: Path, tmp_path: Path) -
     assert lora_files.learned(file) == how
     altered(file, lambda _, metadata: metadata.pop("zero_terminal_snr"))  # as it was before it told of that
     assert lora_files.learned(file) == dataclasses.replace(how, zero_terminal_snr=False)
-    lora_files.export(file, stirred(model, targets), nnx.state(unet(model)), scale=1.0)
+    for layout in get_args(lora_files.Layout):
+        lora_files.export(file, stirred(model, targets), nnx.state(unet(model)), scale=1.0, layout=layout, how=how)
+        assert lora_files.learned(file) == how
+    altered(file, lambda _, metadata: metadata.clear())  # as other programs write them
     assert lora_files.learned(file) is None
 
 
@@ -256,6 +260,47 @@ def test_a_file_that_peft_has_made_loads_here(model: Path, tmp_path: Path) -> No
     loaded = lora_files.load(write(tmp_path, pipeline, "unet", told=False), nnx.state(unet(model)))
     assert len(loaded.trained) > 20
     twins.assert_close(ours(model, loaded.trained, loaded.scale), theirs(pipeline.unet), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("network", ["unet", "text_encoder"])
+def test_a_folder_that_peft_has_written_loads_here(model: Path, tmp_path: Path, network: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=10, init_lora_weights=False, target_modules=ADAPTED[network])
+    pipeline = small.torch_pipeline(model)
+    wrapped = peft.get_peft_model(getattr(pipeline, network), config)
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    found = Pipeline.from_pretrained(model).with_lora(file)
+    if network == "unet":
+        x, text = twins.random(*INPUTS["sample"]), twins.random(*INPUTS["text"], seed=1)
+        ours, expected = found.unet(jnp.asarray(x), jnp.asarray(7.0), jnp.asarray(text)), theirs(wrapped)
+    else:
+        ids = found.tokenize(["a red cube"])
+        ours = found.text_encoder(jnp.asarray(ids))
+        with torch.no_grad():
+            expected = wrapped(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    twins.assert_close(np.asarray(ours), expected, tolerance=1e-5)
+    (tmp_path / "adapter_config.json").rename(tmp_path / "elsewhere.json")
+    with pytest.raises(InputError, match=r"PEFT has written adapter_config\.json beside it, which tells its scale"):
+        Pipeline.from_pretrained(model).with_lora(file)
+
+
+@pytest.mark.parametrize("prefix", ["", "unet."])
+def test_names_of_early_diffusers_are_known(model: Path, tmp_path: Path, prefix: str) -> None:
+    trained = stirred(model, Targets(self_attention_rank=2, cross_attention_rank=2, attention_out=True))
+    params = nnx.state(unet(model))
+    lora_files.export(tmp_path / PEFT, trained, params, scale=SCALE, layout="peft")
+
+    def early(name: str) -> str:
+        layer, part = name.removeprefix("unet.").rsplit(".lora_", 1)
+        attention, projection = layer.removesuffix(".0").rsplit(".", 1)
+        return f"{prefix}{attention}.processor.{projection}_lora.{'down' if part[0] == 'A' else 'up'}.weight"
+
+    tensors = {early(name): x for name, x in load_file(tmp_path / PEFT).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    loaded = lora_files.load(tmp_path / "pytorch_lora_weights.safetensors", params)
+    assert loaded.trained.keys() == trained.keys()
+    twins.assert_close(ours(model, loaded.trained, loaded.scale), ours(model, trained, SCALE), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
