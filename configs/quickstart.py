@@ -58,6 +58,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.logit_mean = 0.0  # above 0: more times near data
     config.objective.logit_std = 1.0
     config.objective.shift = 1.0  # above 1: more times near noise, for large pictures
+    # Where times begin: "zero", as the paper's published code, or the flow time of the "last_timestep", where samplers
+    # begin, and before which errors of an epsilon model weigh most
+    config.objective.begin = "zero"
     config.objective.norm = "l2"  # of the error: "l2" is squared, "l1" its size
     config.objective.min_snr_gamma = 0.0  # of the diffusion objective, commonly 5; 0 is off
 
@@ -132,17 +135,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.num_loss_examples = 64  # held-out examples in the validation loss
     config.eval.step_counts = (1, 2, 4, 8, 25)
     config.eval.sources = ()  # pictures to draw and judge; () is what is held out of data.sources
-    config.eval.sampler = "euler"  # or another of d2f_jax.sample's
-    config.eval.shift = 1.0  # of its steps towards noise
-    config.eval.begin = "last_timestep"  # where its steps in flow time begin; "zero" as the paper's published code
-    config.eval.eta = 0.0  # of ddim: the share of noise that is drawn anew, 1 is DDPM
-    config.eval.rtol = 1e-3  # of dopri5, relative and absolute: how exact its steps are
-    config.eval.atol = 1e-4
-    config.eval.sde = ConfigDict()  # of sde_euler and sde_heun: which noise is added, and their last step, without any
-    config.eval.sde.form = "sigma"
-    config.eval.sde.norm = 1.0
-    config.eval.sde.last_step = "euler"
-    config.eval.sde.last_step_size = 0.04
+    sampling(config.eval, "euler")
     config.eval.num_images = 128  # for the scores, at most
     config.eval.batch_size = 64
     config.eval.guidance_scale = 3.0
@@ -161,15 +154,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.reflow = ConfigDict()  # of d2f_jax.reflow: how the teacher makes its pairs
     config.reflow.count = 4096
     config.reflow.num_validation = 64  # of held-out captions
-    config.reflow.sampler = "ddim"
+    sampling(config.reflow, "ddim")
     config.reflow.num_steps = 25
-    config.reflow.shift = 1.0
-    config.reflow.eta = 0.0
-    config.reflow.rtol = 1e-3
-    config.reflow.atol = 1e-4
     config.reflow.guidance_scale = 3.0
     config.reflow.guidance_rescale = 0.0
     config.reflow.negative_prompt = ""
 
     config.wandb_project = ""  # Weights & Biases, beside metrics.jsonl and TensorBoard
     return config.lock()
+
+
+def sampling(section: ConfigDict, sampler: str) -> None:
+    """How `config.eval` and `config.reflow` each sample."""
+    section.sampler = sampler  # one of d2f_jax.sample's
+    section.shift = 1.0  # of its steps towards noise
+    section.begin = "last_timestep"  # where its steps in flow time begin; "zero" as the paper's published code
+    section.spacing = ""  # of ddim's timesteps: "leading", "trailing", "linspace", "quad", or "" as the model has them
+    section.eta = 0.0  # of ddim: the share of noise that is drawn anew, 1 is DDPM
+    section.rtol = 1e-3  # of dopri5, relative and absolute: how exact its steps are
+    section.atol = 1e-4
+    section.sde = ConfigDict()  # of sde_euler and sde_heun: which noise is added, and their last step, without any
+    section.sde.form = "sigma"
+    section.sde.norm = 1.0
+    section.sde.last_step = "euler"
+    section.sde.last_step_size = 0.04

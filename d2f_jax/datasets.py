@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +59,27 @@ class Data:
                 "config.init_from"
             )
 
-    def examples(self, count: int) -> list[Example]:
+    def examples(self, count: int, check: Callable[[Example], None] = lambda _: None) -> list[Example]:
         """At most `count` examples to draw. Raises InputError as `reading`."""
-        return list(self.reading(count))
+        return list(self.reading(count, check))
 
-    def reading(self, count: int) -> Iterator[Example]:
+    def reading(self, count: int, check: Callable[[Example], None] = lambda _: None) -> Iterator[Example]:
         """At most `count` examples to draw, in turn from each source, each of them read when its turn has come.
 
-        They are the first of each source, or evenly spread over it. Raises InputError for one that cannot be read,
-        unless such are skipped: of the first, others follow.
+        They are the first of each source, or evenly spread over it. Raises InputError for one that cannot be read, or
+        for which `check` raises it, unless such are skipped: of the first, others follow.
         """
         shown = self.shown
         if self.neighbours_alike:
             shares = collections.Counter(k for k, _ in itertools.islice(_turns(shown), count))
             shown = [thinned(source, shares[k]) for k, source in enumerate(shown)]
-        return itertools.islice(self._readable(shown), count)
+        return itertools.islice(self._readable(shown, check), count)
 
-    def _readable(self, sources: list[Source]) -> Iterator[Example]:
+    def _readable(self, sources: list[Source], check: Callable[[Example], None]) -> Iterator[Example]:
         for k, i in _turns(sources):
             try:
                 example = sources[k][i]
+                check(example)
             except (InputError, OSError) as error:
                 if self.on_damage == "stop":
                     raise InputError(f"example {i} of source {k}: {error}") from error

@@ -1,7 +1,7 @@
 """Judges a checkpoint on held-out captions, or on pictures with depth: one table, and the same numbers as JSON.
 
     python -m d2f_jax.evaluate --config=configs/X.py --out=DIR [--model=MODEL] [--lora=FILE]
-        [--inception=FILE] [--kid] [--clip=MODEL]
+        [--lora_scale=1] [--inception=FILE] [--kid] [--clip=MODEL]
 
 Draws `config.eval.num_images` held-out captions with `config.eval`'s sampler, guidance and seed, for each of its
 numbers of steps, and compares with their pictures: by PSNR and SSIM one by one, and all together by what is there.
@@ -19,6 +19,7 @@ With `config.task.name="image_to_depth"` depth is estimated of the whole picture
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,7 @@ from d2f_jax.measures import Gathered, Judges, scores
 from d2f_jax.metrics import DepthErrors, DepthProtocol, DepthSpace
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.subjects import draw_captions
+from d2f_jax.subjects import UNMEASURED, draw_captions
 from d2f_jax.subjects import shown as shown_depth
 
 Found = dict[int, dict[str, float]]
@@ -70,6 +71,7 @@ def main() -> None:
         given.config,
         Path(given.out),
         lora=given.lora,
+        lora_scale=given.lora_scale,
         convention=given.convention,
         inception=given.inception,
         kid=given.kid,
@@ -82,6 +84,7 @@ def evaluate(
     folder: Path,
     *,
     lora: str | None = None,
+    lora_scale: float = 1.0,
     convention: Convention | None = None,
     inception: str | None = None,
     kid: bool = False,
@@ -92,24 +95,39 @@ def evaluate(
     Raises InputError for what cannot be judged.
     """
     settings.check_values(config)
+    if config.eval.sampler == "dopri5" and len(config.eval.step_counts) > 1:
+        raise InputError(
+            f"config.eval.step_counts={config.eval.step_counts}: dopri5 takes as many steps as its tolerances ask for, "
+            "each time; give one number, as (1,)"
+        )
     mesh, of_depth = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), datasets.of_depth(config)
     if of_depth and (inception or clip or kid):
         raise InputError("--inception, --kid and --clip judge pictures, and this config tells depth; leave them out")
     judges = None if of_depth else load_judges(config, inception, clip, kid=kid)
-    pipeline = prior.load_as_it_is(config, adapters=lora, convention=convention).on_mesh(mesh)
+    loaded = prior.load_as_it_is(config, adapters=lora, lora_scale=lora_scale, convention=convention)
+    pipeline = loaded.on_mesh(mesh)
+    prior.check_steps(pipeline, config)
     given = datasets.open_given(config)
     protocol = datasets.depth_protocol(config, given) if of_depth else ""
     data = datasets.open_data(config, folder, pipeline, given)
     count = min(config.eval.num_images, sum(map(len, data.shown)))
     if judges is None:
-        told = depth_scores(config, pipeline, data.reading(count), count, metrics.DEPTH_PROTOCOLS[protocol])
+        how = metrics.DEPTH_PROTOCOLS[protocol]
+        examples = data.reading(count, functools.partial(check_measured, how))
+        told = depth_scores(config, pipeline, examples, count, how)
     else:
         told = picture_scores(config, pipeline, data.reading(count), count, judges)
     if distributed.is_main():
         judged_by = {"depth": protocol} if of_depth else {"inception": inception, "clip": clip}
-        write(config, folder, told, settled(config, pipeline, told) | {"lora": lora, "judged_by": judged_by})
+        with_lora = {"lora": lora} | ({"lora_scale": lora_scale} if lora else {})
+        write(config, folder, told, settled(config, pipeline, told) | with_lora | {"judged_by": judged_by})
     distributed.barrier("evaluated")
     return told.found
+
+
+def column(config: Config, num_steps: int) -> str:
+    """What results of so many steps are called."""
+    return "dopri5" if config.eval.sampler == "dopri5" else report.steps(num_steps)
 
 
 def load_judges(config: Config, inception: str | None, clip: str | None, *, kid: bool) -> Judges:
@@ -148,7 +166,7 @@ def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Exampl
                 images = draw_captions(config, pipeline, sampler, texts, judged, num_steps)
                 seen = judges, judged + mine, images[mine], [texts[i] for i in mine], pictures
                 drawn[num_steps] = drawn[num_steps].add_drawn(*seen)
-                cells[report.steps(num_steps)].append(images[:kept].copy())  # a view would keep all of them
+                cells[column(config, num_steps)].append(images[:kept].copy())  # a view would keep all of them
                 bar.update(len(chunk) * num_steps)
             judged += len(chunk)
     if judged < 2:
@@ -194,7 +212,7 @@ def depth_scores(
                 for i in range(jax.process_index(), len(chunk), jax.process_count()):
                     error = judge(protocol, wanted.depth.space, estimates[i], chunk[i][1], first + i)
                     errors[num_steps] = errors[num_steps].add(error._asdict())
-                cells[report.steps(num_steps)] += [depth_picture(estimate, shape) for estimate in estimates[:kept]]
+                cells[column(config, num_steps)] += [depth_picture(estimate, shape) for estimate in estimates[:kept]]
                 bar.update(len(chunk) * num_steps)
             judged = first + len(chunk)
     if not judged:
@@ -217,10 +235,27 @@ def measured_pair(example: Example, protocol: DepthProtocol, index: int) -> tupl
         ) from error
 
 
+def check_measured(protocol: DepthProtocol, example: Example) -> None:
+    """Raises InputError for a picture with depth of which no pixel counts."""
+    if "depth" not in example:
+        return
+    try:
+        depth = protocol.cut(example["depth"])
+        counts = protocol.valid(depth, own_mask(protocol, depth)).any()
+    except ValueError:  # of which `measured_pair` tells more
+        return
+    if not counts:
+        raise InputError(UNMEASURED)
+
+
+def own_mask(protocol: DepthProtocol, depth: np.ndarray) -> np.ndarray | None:
+    return depth > 0 if protocol.own_mask else None
+
+
 def judge(
     protocol: DepthProtocol, space: DepthSpace, estimate: np.ndarray, depth: np.ndarray, index: int
 ) -> DepthErrors:
-    own = depth > 0 if protocol.own_mask else None
+    own = own_mask(protocol, depth)
     try:
         return metrics.depth_errors(protocol, estimate, depth, space=space, given_mask_HxW=own)
     except ValueError as error:
@@ -264,7 +299,8 @@ def settled(config: Config, pipeline: Pipeline, told: Told) -> dict[str, Any]:
 def write(config: Config, folder: Path, told: Told, settled: dict[str, Any]) -> None:
     found = told.found.values()
     rows = [[name.replace("_", " "), *(f"{values[name]:.4g}" for values in found)] for name in next(iter(found))]
-    header = [f"{told.count} pictures of {datasets.told_size(config)} pixels", *map(report.steps, told.found)]
+    columns = [column(config, num_steps) for num_steps in told.found]
+    header = [f"{told.count} pictures of {datasets.told_size(config)} pixels", *columns]
     table = report.markdown_table(header, rows)
     tiles = [report.tile(images, max(1, round(len(images) ** 0.5))) for images in told.cells.values()]
     zoom = 2 if max(datasets.image_shape(config)) <= 64 else 1
@@ -284,7 +320,10 @@ if __name__ == "__main__":
         "config", None, "The data and config.eval: a file of configs/, as for d2f_jax.train."
     )
     flags.DEFINE_string("model", None, "Diffusers folder or hub id; config.model if not given.")
-    flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
+    flags.DEFINE_string(
+        "lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's, diffusers' or kohya's."
+    )
+    flags.DEFINE_float("lora_scale", 1.0, "Times the adapters' own scale.")
     flags.DEFINE_enum(
         "convention", None, get_args(Convention), "reference: for checkpoints of the paper's published code."
     )

@@ -87,11 +87,12 @@ def _recorded(scheduler_config: Mapping[str, Any], key: str, kind: Callable[...,
 def _scheduler(scheduler_config: Mapping[str, Any], alignment: Alignment, task: Task) -> dict[str, Any]:
     """The same noise schedule for a scheduler of diffusers; an alignment or task that it cannot know beside it.
 
-    Pictures are drawn by EulerDiscreteScheduler, which takes any grid. Marigold's pipeline takes none, but DDIM's
-    trailing timesteps begin at the last one, as the flow does.
+    Pictures are drawn by EulerDiscreteScheduler, which takes any grid; what DDIM is to do stays as it came. Marigold's
+    pipeline takes no grid, but DDIM's trailing timesteps begin at the last one, as the flow does.
     """
     kept = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr"
-    config = {key: scheduler_config[key] for key in kept.split() if key in scheduler_config}
+    of_ddim = "timestep_spacing steps_offset set_alpha_to_one"
+    config = {key: scheduler_config[key] for key in f"{kept} {of_ddim}".split() if key in scheduler_config}
     if config.get("beta_schedule") == "sqrt":  # which diffusers does not know
         config["trained_betas"] = betas_of(config).tolist()
         del config["beta_schedule"]
@@ -99,7 +100,8 @@ def _scheduler(scheduler_config: Mapping[str, Any], alignment: Alignment, task: 
         config |= {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
         config |= {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
     else:
-        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1}
+        config = {"timestep_spacing": "leading", "steps_offset": 0} | config
+        config["_class_name"] = "EulerDiscreteScheduler"
     for key, value, default in ((_ALIGNMENT, alignment, ALIGNED), (_TASK, task, TEXT_TO_IMAGE)):
         if value != default:
             config[key] = dataclasses.asdict(value)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from d2f_jax.errors import InputError
 
 PathName = Literal["linear", "gvp"]
+Begin = Literal["last_timestep", "zero"]
 Times = TypeVar("Times", jax.Array, np.ndarray)
 
 
@@ -76,26 +77,30 @@ class TimeDistribution:
     """How flow times are drawn for training: `name`, then `shift` towards noise (see `shifted`).
 
     "logit_normal" is the sigmoid of a normal variable with `mean` and `std` (arXiv 2403.03206, section 3.1); a positive
-    mean draws more times near data.
+    mean draws more times near data. They `begin` at 0, as in the paper's published code, or at the last diffusion
+    timestep's flow time, where samplers begin.
     """
 
     name: Literal["uniform", "logit_normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+    begin: Begin = "zero"
 
 
 UNIFORM = TimeDistribution()
 
 
-def sample_times(key: jax.Array, shape: tuple[int, ...], times: TimeDistribution = UNIFORM) -> jax.Array:
-    """Flow times between 0 and 1, float32."""
+def sample_times(
+    key: jax.Array, shape: tuple[int, ...], times: TimeDistribution = UNIFORM, first: float = 0.0
+) -> jax.Array:
+    """Flow times between `first` and 1, float32."""
     match times.name:
         case "uniform":
             t = jax.random.uniform(key, shape)
         case "logit_normal":
             t = jax.nn.sigmoid(times.mean + times.std * jax.random.normal(key, shape))
-    return shifted(t, times.shift)
+    return first + (1 - first) * shifted(t, times.shift)
 
 
 def shifted(t: Times, shift: float) -> Times:

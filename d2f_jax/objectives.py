@@ -28,7 +28,8 @@ class Objective:
 
     "diff2flow" and "flow_matching" are one loss, of the velocity, and differ by what `alignment` takes over from the
     diffusion model. "diffusion" is the model's own loss, weighted by min-SNR if `min_snr_gamma` is not 0. `norm` is of
-    the error: "l2" squares it, "l1" takes its size. Raises InputError for min-SNR of an error that is not squared.
+    the error: "l2" squares it, "l1" takes its size. Raises InputError for min-SNR of an error that is not squared, and
+    for times that begin at the last timestep's without alignment.
     """
 
     name: Name = "diff2flow"
@@ -42,6 +43,19 @@ class Objective:
             raise InputError(f"norm={self.norm!r} is not one of {', '.join(get_args(Norm))}")
         if self.min_snr_gamma and self.norm != "l2":
             raise InputError(f"min_snr_gamma={self.min_snr_gamma} weighs squared errors; use 0 for norm={self.norm!r}")
+        if self.times.begin == "last_timestep" and not (self.name == "diff2flow" and self.alignment.complete):
+            raise InputError("times that begin at the last timestep's are of diff2flow, all aligned; begin at zero")
+
+
+def first_time(objective: Objective, schedule: NoiseSchedule) -> float:
+    """The flow time at which training begins.
+
+    Before the last diffusion timestep's an aligned epsilon network is told that timestep, and asked for noise that is
+    not there. On Stable Diffusion's schedule these are 6% of uniform times, and half the weight of all its errors.
+    """
+    if objective.times.begin == "zero":
+        return 0.0
+    return float(alignment.flow_time(schedule, schedule.num_train_timesteps - 1))
 
 
 def loss(

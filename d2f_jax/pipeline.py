@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from PIL import Image
 from transformers import CLIPTokenizer
 
 from d2f_jax import ensemble as ensembles
@@ -20,6 +19,7 @@ from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextModel
 from d2f_jax.models.unet import UNet2DConditionModel
 from d2f_jax.programs import Direction, Model, make_program
+from d2f_jax.resizing import resized, working_size
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.task import TEXT_TO_IMAGE, Task
@@ -144,7 +144,7 @@ class Pipeline:
         """The same pipeline with adapters in it, at `scale` times their own; a run's, PEFT's or kohya's file.
 
         Of the latter two the text encoder may have adapters as well as the UNet. What was trained fully replaces the
-        base at any scale. A run's file tells the task, the alignment and the noise schedule, too, with which its
+        base at any scale. A run's files tell the task, the alignment and the noise schedule, too, with which its
         adapters were trained. Raises InputError for a file that does not fit, or has learned what this model cannot do.
         """
         ready = self
@@ -157,10 +157,12 @@ class Pipeline:
         loaded = lora_files.load(file, params, text_params)
         scale *= loaded.scale
         plain, conditional = lora.split(loaded.trained, scale=scale)
+        if conditional and ready.adapters:
+            raise InputError(f"{file}: the model has adapters that see the picture already; give one file of them")
         unet = nnx.merge(graphdef, lora.merge(params, plain, scale=scale))
         text_encoder = nnx.merge(text_graphdef, lora.merge(text_params, loaded.text_encoder, scale=scale))
         return dataclasses.replace(
-            ready, unet=unet, text_encoder=text_encoder, adapters=ready.adapters | conditional, _programs={}
+            ready, unet=unet, text_encoder=text_encoder, adapters=ready.adapters or conditional, _programs={}
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -306,6 +308,11 @@ class Pipeline:
         keys = np.zeros((len(prompts), 2), np.uint32)
         return self._run(how, "invert", prompts, negative_prompt, images, keys, None, num_steps, (guidance_scale, 0.0))
 
+    def grid(self, sampler: Sampler, num_steps: int) -> np.ndarray:
+        """The times of `sampler`'s steps with this model; raises InputError as `Sampler.grid`."""
+        at_noise = self.task.start == "noise"
+        return sampler.grid(self.schedule, self.alignment, self.scheduler_config, num_steps, at_noise=at_noise)
+
     @property
     def model(self) -> Model:
         """All but the parameters."""
@@ -346,8 +353,7 @@ class Pipeline:
             extra, split = -count % self.mesh.size, sharding.batch_split(self.mesh)
             rows = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), rows)
             rows = sharding.put(rows, jax.tree.map(lambda _: split, rows))
-        at_noise = self.task.start == "noise"
-        grid = how.grid(self.schedule, self.alignment, self.scheduler_config, num_steps, at_noise=at_noise)
+        grid = self.grid(how, num_steps)
         if direction == "trajectory":  # of padding there would be nothing to show
             grid = grid[: num_steps + 1]
         networks = (nnx.state(network) for network in (self.unet, self.vae, self.text_encoder))
@@ -391,17 +397,3 @@ def random_keys(seed: int, first: int, count: int) -> jax.Array:
 
 def _sampler(given: SamplerName | Sampler) -> Sampler:
     return given if isinstance(given, Sampler) else Sampler(given)
-
-
-def working_size(height: int, width: int, resolution: int, factor: int) -> tuple[int, int]:
-    """Height and width, multiples of `factor`, of a picture whose longer side is to have `resolution` pixels."""
-    scale = resolution / max(height, width)
-    return tuple(max(1, round(side * scale / factor)) * factor for side in (height, width))  # pyright: ignore[reportReturnType]
-
-
-def resized(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [B, H, W, 3] or float32 [B, H, W] at another size, antialiased."""
-    if images.shape[1:3] == (height, width):
-        return images
-    how = Image.Resampling.BILINEAR
-    return np.stack([np.asarray(Image.fromarray(image).resize((width, height), how)) for image in images])

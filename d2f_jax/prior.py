@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from d2f_jax import lora, sharding
 from d2f_jax import step as steps
 from d2f_jax.alignment import Alignment, Convention
+from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.settings import check_task, make_objective, make_task
+from d2f_jax.settings import check_task, eval_sampler, make_objective, make_task
 
 
 def load(config: Config) -> Pipeline:
@@ -26,7 +27,13 @@ def load(config: Config) -> Pipeline:
     return scheduled(_read(config, make_objective(config).alignment), config).for_task(make_task(config))
 
 
-def load_as_it_is(config: Config, *, adapters: str | None = None, convention: Convention | None = None) -> Pipeline:
+def load_as_it_is(
+    config: Config,
+    *,
+    adapters: str | None = None,
+    lora_scale: float = 1.0,
+    convention: Convention | None = None,
+) -> Pipeline:
     """To be looked at, not trained: task and flow are what the checkpoint, or a file of `adapters`, records of itself.
 
     `config.objective` and `config.zero_terminal_snr` have no part in it. What records no alignment, as no diffusion
@@ -35,7 +42,7 @@ def load_as_it_is(config: Config, *, adapters: str | None = None, convention: Co
     """
     pipeline = _read(config)
     if adapters is not None:
-        pipeline = pipeline.with_lora(adapters)
+        pipeline = pipeline.with_lora(adapters, scale=lora_scale)
     if convention is not None:
         pipeline = pipeline.by_convention(convention)
     check_task(config, pipeline.task)
@@ -48,6 +55,18 @@ def scheduled(pipeline: Pipeline, config: Config) -> Pipeline:
     Raises InputError for an epsilon model.
     """
     return pipeline.ending_in_noise("config.zero_terminal_snr=True") if config.zero_terminal_snr else pipeline
+
+
+def check_steps(pipeline: Pipeline, config: Config) -> None:
+    """Raises InputError for a number of `config.eval.step_counts` that its sampler cannot take with this model."""
+    sampler, counts = eval_sampler(config), config.eval.step_counts
+    if max(counts) > (most := pipeline.schedule.num_train_timesteps):
+        raise InputError(f"config.eval.step_counts={counts}: the model has {most} timesteps; give fewer")
+    for count in counts:
+        try:
+            pipeline.grid(sampler, count)
+        except InputError as error:
+            raise InputError(f"config.eval.step_counts={counts}: {error}") from error
 
 
 def split(prior: Pipeline, config: Config) -> tuple[steps.Networks, steps.Frozen, Any]:

@@ -1,6 +1,7 @@
 """Pairs of noise and what a teacher makes of it: trained on them, a flow becomes straight (arXiv 2209.03003).
 
-    python -m d2f_jax.reflow --config=configs/X.py --out=DIR [--model=TEACHER] [--shard_size=1024] [--batch_size=8]
+    python -m d2f_jax.reflow --config=configs/X.py --out=DIR [--model=TEACHER] [--lora=FILE] [--shard_size=1024] \
+        [--batch_size=8]
     python -m d2f_jax.train --config=configs/reflow.py:diff2flow:small:array_record:DIR --workdir=WORKDIR ...
 
 Captions are those of `config.data`, from the first again when there are fewer than `config.reflow.count`; sampler,
@@ -43,14 +44,21 @@ def main() -> None:
     if given.model is not None:
         given.config.model = given.model
     options = prepare.Options(latents="mean", shard_size=given.shard_size, batch_size=given.batch_size)
-    manifest = reflow(given.config, Path(given.out), options, convention=given.convention)
+    manifest = reflow(given.config, Path(given.out), options, lora=given.lora, convention=given.convention)
     if distributed.is_main():
         for split, shards in manifest.shards.items():
             print(f"{split}: {sum(shard.count for shard in shards)} pairs")
         print(f"pairs: {given.out}")
 
 
-def reflow(config: Config, folder: Path, options: prepare.Options, *, convention: Convention | None = None) -> Manifest:
+def reflow(
+    config: Config,
+    folder: Path,
+    options: prepare.Options,
+    *,
+    lora: str | None = None,
+    convention: Convention | None = None,
+) -> Manifest:
     """Fills `folder`, or goes on filling it, and tells what is in it.
 
     Raises InputError as `prepare.prepare`, and for a teacher that `config.reflow` cannot sample.
@@ -58,13 +66,13 @@ def reflow(config: Config, folder: Path, options: prepare.Options, *, convention
     prepare.check(config, options)
     if config.task.name != "text_to_image":
         raise InputError(f"config.task.name={config.task.name}: pairs are made of captions; use text_to_image")
-    teacher, wanted = prior.load_as_it_is(config, convention=convention), config.reflow
+    teacher, wanted = prior.load_as_it_is(config, adapters=lora, convention=convention), config.reflow
     encode = make_teacher(teacher, settings.reflow_sampler(config), config, options.batch_size)
     sources = prepare.open_splits(config, folder, teacher)
     counts: dict[Split, int] = {"train": wanted.count}
     if wanted.num_validation and "validation" in sources:
         counts["validation"] = wanted.num_validation
-    made_by = {**wanted.to_dict(), "seed": config.seed, "convention": convention}
+    made_by = {**wanted.to_dict(), "seed": config.seed, "convention": convention, "lora": lora}
     plan = prepare.make_plan(config, options, teacher, counts, teacher=made_by)
     readers: dict[Split, prepare.Read] = {
         split: _Captions(sources[split], _VALIDATION * (split == "validation")) for split in counts
@@ -94,7 +102,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
     networks = (teacher.unet, teacher.vae, teacher.text_encoder)
     params = jax.device_put(tuple(map(nnx.state, networks)), NamedSharding(mesh, P()))
     shape = teacher.noise(0, 1, *datasets.image_shape(config)).shape[1:]
-    grid = sampler.grid(teacher.schedule, teacher.alignment, teacher.scheduler_config, wanted.num_steps)
+    grid = teacher.grid(sampler, wanted.num_steps)
     compute = programs.make_latents(teacher.model, sampler, "sample", wanted.guidance_scale != 1)
     text_def = nnx.graphdef(teacher.text_encoder)
 
@@ -124,6 +132,7 @@ def make_teacher(teacher: Pipeline, sampler: Sampler, config: Config, batch_size
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Captions, teacher and config.reflow: a file of configs/.")
     flags.DEFINE_string("model", None, "The teacher: diffusers folder or hub id; config.model if not given.")
+    flags.DEFINE_string("lora", None, "A file of adapters that the teacher has; see d2f_jax.evaluate.")
     flags.DEFINE_enum(
         "convention", None, get_args(Convention), "reference: the teacher is of the paper's published code."
     )

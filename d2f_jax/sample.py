@@ -16,14 +16,18 @@ from d2f_jax import program, report
 from d2f_jax.alignment import Convention
 from d2f_jax.data.sources import read_image
 from d2f_jax.errors import InputError
+from d2f_jax.flow import Begin
 from d2f_jax.pipeline import Pipeline
-from d2f_jax.sampler import Begin, Sampler, SamplerName
+from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.sampling import Spacing
 from d2f_jax.sde import SDE, Form, LastStep
 from d2f_jax.subjects import shown
 
 _MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id, or the embedded tiny-sd.")
-_LORA = flags.DEFINE_string("lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's or kohya's.")
+_LORA = flags.DEFINE_string(
+    "lora", None, "A file of adapters: a run's lora/adapters.safetensors, PEFT's, diffusers' or kohya's."
+)
+_LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "Times the adapters' own scale.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeat for more.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
 _IMAGE = flags.DEFINE_string("image", None, "Tell this picture's depth, with a model of depth; no prompt then.")
@@ -76,6 +80,8 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What th
 def main() -> None:
     if _MODEL.value is None:
         raise InputError("--model is missing: a diffusers folder, a hub id, or tiny-sd")
+    if _IMAGE.value and (_PROMPT.value or _PROMPT_FILE.value):
+        raise InputError("--image tells depth, and no prompt has a part in it; leave --prompt and --prompt_file out")
     prompts = [] if _IMAGE.value else [prompt for prompt in read_prompts() for _ in range(_IMAGES.value)]
     picture = read_image(_IMAGE.value)[None] if _IMAGE.value else None
     out = Path(_OUT.value)
@@ -101,7 +107,7 @@ def main() -> None:
     )
     pipeline = Pipeline.from_pretrained(_MODEL.value, variant=_VARIANT.value, dtype=_DTYPE.value)
     if _LORA.value is not None:
-        pipeline = pipeline.with_lora(_LORA.value)
+        pipeline = pipeline.with_lora(_LORA.value, scale=_LORA_SCALE.value)
     if _CONVENTION.value is not None:
         pipeline = pipeline.by_convention(cast(Convention, _CONVENTION.value))
     if picture is not None:

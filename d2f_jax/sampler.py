@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from d2f_jax import alignment, sampling, sde
 from d2f_jax.alignment import Alignment
 from d2f_jax.errors import InputError
+from d2f_jax.flow import Begin
 from d2f_jax.sampling import Predict, Spacing
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.sde import SDE
@@ -19,7 +20,6 @@ from d2f_jax.sde import SDE
 SamplerName = Literal[
     "euler", "heun", "midpoint", "rk4", "dopri5", "sde_euler", "sde_heun", "ddim", "ddim_on_flow_grid"
 ]
-Begin = Literal["last_timestep", "zero"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sampler:
     - "sde_euler", "sde_heun": random steps in flow time, as `sde` has them.
     - "ddim": the checkpoint's own timesteps, for a diffusion model as it came; with `eta=1` it is DDPM, whose last step
       always goes to data.
-    - "ddim_on_flow_grid": the flow grid's timesteps, which gives the samples of "euler".
+    - "ddim_on_flow_grid": the flow grid's timesteps, which gives the samples of "euler" of an exactly aligned flow.
 
     `shift` above 1 makes the flow's steps denser near noise. They `begin` at the last diffusion timestep's flow time,
     before which an aligned flow knows nothing, or at "zero", as the paper's published code has them. The `spacing` of
@@ -64,10 +64,16 @@ class Sampler:
             raise InputError(f"shift={self.shift}: give a positive number, 1 for uniform steps")
         if self.name == "ddim" and self.shift != 1:
             raise InputError(f"shift={self.shift} is of flow time, and ddim has its own; use ddim_on_flow_grid")
+        if self.name == "dopri5" and self.shift != 1:
+            raise InputError(f"shift={self.shift} is of a grid's steps, and dopri5 finds its own; use 1")
 
     @property
     def is_ddim(self) -> bool:
         return self.name in ("ddim", "ddim_on_flow_grid")
+
+    @property
+    def is_sde(self) -> bool:
+        return self.name in ("sde_euler", "sde_heun")
 
     @property
     def compiled_for(self) -> "Sampler":
@@ -75,8 +81,12 @@ class Sampler:
         return dataclasses.replace(self, shift=1.0, begin="last_timestep", spacing=None)
 
     def check(self, how: Alignment, *, at_noise: bool = True) -> None:
-        """Raises InputError for DDIM of a flow without a diffusion model's states: not aligned, or not from noise."""
-        if self.is_ddim and not at_noise:
+        """Raises InputError for a flow that lacks what the sampler builds on.
+
+        DDIM needs a diffusion model's states, which a flow has that is aligned and starts at noise; a random sampler
+        needs the score, which is known of a flow from noise.
+        """
+        if (self.is_ddim or self.is_sde) and not at_noise:
             raise InputError(f"sampler={self.name!r} starts at noise, this model's flow at the picture; use euler")
         if self.is_ddim and not how.complete:
             raise InputError(

@@ -13,6 +13,7 @@ from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
+from d2f_jax.sampling import Spacing
 from d2f_jax.sde import SDE, Form, LastStep
 from d2f_jax.task import Task
 
@@ -21,14 +22,22 @@ _CHOICES = {
     "objective.convention": get_args(Convention),
     "objective.path": get_args(flow.PathName),
     "objective.times": ("uniform", "logit_normal"),
+    "objective.begin": get_args(flow.Begin),
     "objective.norm": get_args(objectives.Norm),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": get_args(Remat),
     "data.resize": ("aspect", "fixed"),
     "data.crop": ("center", "random"),
     "data.on_damage": ("stop", "skip"),
-    "eval.sde.form": get_args(Form),
-    "eval.sde.last_step": get_args(LastStep),
+    **{
+        f"{section}.{name}": choices
+        for section in ("eval", "reflow")
+        for name, choices in (
+            ("spacing", ("", *get_args(Spacing))),
+            ("sde.form", get_args(Form)),
+            ("sde.last_step", get_args(LastStep)),
+        )
+    },
     "eval.depth.space": get_args(metrics.DepthSpace),
     "eval.depth.protocol": ("", *metrics.DEPTH_PROTOCOLS),
     "train.optimizer": get_args(optim.Name),
@@ -70,15 +79,18 @@ _LEAST = {
     "reflow.count": 1,
     "reflow.num_validation": 0,
     "reflow.num_steps": 1,
-    "reflow.guidance_rescale": 0,
-    "reflow.rtol": 1e-7,
-    "reflow.atol": 1e-7,
+    **{
+        f"{section}.{name}": least
+        for section in ("eval", "reflow")
+        for name, least in (
+            ("guidance_rescale", 0),
+            ("rtol", 1e-7),
+            ("atol", 1e-7),
+            ("sde.norm", 0),
+            ("sde.last_step_size", 0),
+        )
+    },
     "eval.every": 1,
-    "eval.guidance_rescale": 0,
-    "eval.rtol": 1e-7,
-    "eval.atol": 1e-7,
-    "eval.sde.norm": 0,
-    "eval.sde.last_step_size": 0,
     "eval.seed": 0,
     "eval.num_loss_examples": 1,
     "eval.num_images": 2,
@@ -89,9 +101,7 @@ _LEAST = {
 _MOST = {
     **{f"lora.{group}_ratio": 1 for group in _LORA_GROUPS},
     "data.caption_dropout": 1,
-    "reflow.guidance_rescale": 1,
-    "eval.guidance_rescale": 1,
-    "eval.sde.last_step_size": 1,
+    **{f"{section}.{name}": 1 for section in ("eval", "reflow") for name in ("guidance_rescale", "sde.last_step_size")},
     "train.ema_decay": 1,
     "train.final_rate": 1,
     "train.b1": 0.99999,
@@ -151,6 +161,8 @@ def check_values(config: Config) -> None:
     counts = config.eval.step_counts
     if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
         raise InputError(f"config.eval.step_counts={counts}: give whole numbers of steps, each 1 or more")
+    if config.data.crop == "random" and config.data.resize == "fixed":
+        raise InputError("config.data.crop=random, but config.data.resize=fixed leaves nothing to cut; use center")
     traced = config.train.profile_steps
     if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1]):
         raise InputError(f"config.train.profile_steps={traced}: give the first and the last step, such as (20, 25)")
@@ -171,6 +183,13 @@ def make_objective(config: Config) -> objectives.Objective:
         )
     if o.name != "diff2flow" and set(o.align) != set(all_three):
         raise InputError(f"config.objective.align={o.align} is diff2flow's; leave it as it is for {o.name}")
+    if o.name != "diff2flow" and o.convention != "exact":
+        raise InputError(f"config.objective.convention={o.convention} is diff2flow's; use exact for {o.name}")
+    if o.times == "uniform" and (o.logit_mean, o.logit_std) != (0, 1):
+        raise InputError(
+            f"config.objective.logit_mean={o.logit_mean}, logit_std={o.logit_std}, but times are uniform; set "
+            "config.objective.times=logit_normal"
+        )
     if o.raw_time and "timestep" in align:
         raise InputError("config.objective.raw_time=True, but the timestep is aligned; leave timestep out of align")
     if o.min_snr_gamma and o.name != "diffusion":
@@ -184,7 +203,7 @@ def make_objective(config: Config) -> objectives.Objective:
             path=o.path,
             sigma_min=o.sigma_min,
         ),
-        times=flow.TimeDistribution(name=o.times, mean=o.logit_mean, std=o.logit_std, shift=o.shift),
+        times=flow.TimeDistribution(o.times, o.logit_mean, o.logit_std, o.shift, o.begin),
         min_snr_gamma=o.min_snr_gamma,
         norm=o.norm,
     )
@@ -232,13 +251,17 @@ def make_optimizer_options(config: Config) -> optim.OptimizerOptions:
 
 def eval_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    given = {name: config.eval[name] for name in ("shift", "begin", "eta", "rtol", "atol")}
-    return Sampler(config.eval.sampler, **given, sde=SDE(**config.eval.sde))
+    return _sampler(config.eval)
 
 
 def reflow_sampler(config: Config) -> Sampler:
     """Raises InputError as Sampler does."""
-    return Sampler(config.reflow.sampler, **{name: config.reflow[name] for name in ("shift", "eta", "rtol", "atol")})
+    return _sampler(config.reflow)
+
+
+def _sampler(section: Any) -> Sampler:
+    given = {name: section[name] for name in ("shift", "begin", "eta", "rtol", "atol")}
+    return Sampler(section.sampler, **given, spacing=section.spacing or None, sde=SDE(**section.sde))
 
 
 def guidance(config: Config) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def make_train_step(
     number of devices or processes changes it. A step whose loss or gradient is not finite changes nothing but counters.
     """
 
-    loss = make_loss(networks, schedule, options, mesh)
+    loss, objective = make_loss(networks, schedule, options, mesh), options.objective
+    first = objectives.first_time(objective, schedule)
 
     def summed_loss(trained: Any, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
         loss_B = loss(unet_params(trained, frozen.unet, options.lora_scale), frozen, batch, draws)
@@ -164,7 +165,7 @@ def make_train_step(
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         examples = jnp.sum(batch["weight"])
         key = jax.random.fold_in(state.root_key, state.step)
-        draws = sharding.split_rows(mesh, draw(key, options.objective.times, networks, frozen, batch))
+        draws = sharding.split_rows(mesh, draw(key, objective.times, networks, frozen, batch, first))
         batch = batch | {"weight": batch["weight"] / jnp.maximum(examples, 1)}
         mean_loss, grads = accumulated(
             lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
@@ -234,13 +235,21 @@ def encoded(networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[n
     return Encoded(mean, jnp.zeros_like(mean), text_BxLxD, latent.mean, valid)
 
 
-def draw(key: jax.Array, times: flow.TimeDistribution, networks: Networks, frozen: Frozen, batch: Batch) -> Draws:
-    """For the whole batch; noise that comes with it is taken instead of drawn."""
+def draw(
+    key: jax.Array,
+    times: flow.TimeDistribution,
+    networks: Networks,
+    frozen: Frozen,
+    batch: Batch,
+    first: float = 0.0,
+) -> Draws:
+    """For the whole batch, times from `first` on; noise that comes with it is taken instead of drawn."""
     posterior_key, noise_key, time_key = jax.random.split(key, 3)
     shape = latent_shape(networks, frozen, batch)
     x_0 = batch["noise"] if "noise" in batch else jax.random.normal(noise_key, shape)
     path_noise = jax.random.normal(jax.random.fold_in(noise_key, 1), shape)
-    posterior_noise, t_B = jax.random.normal(posterior_key, shape), flow.sample_times(time_key, shape[:1], times)
+    posterior_noise = jax.random.normal(posterior_key, shape)
+    t_B = flow.sample_times(time_key, shape[:1], times, first)
     return Draws(posterior_noise, x_0, t_B, path_noise)
 
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from d2f_jax import datasets, metrics, settings
-from d2f_jax.data.depth import normalised
+from d2f_jax.data.depth import measured, normalised
 from d2f_jax.data.fit import picture_and_depth
 from d2f_jax.data.sources import Example
 from d2f_jax.errors import InputError
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
+
+UNMEASURED = "no pixel of its depth is measured; leave it out, or set config.data.on_damage=skip"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,14 @@ class Subject:
 def make(config: Config, examples: Sequence[Example], *, judged: bool) -> Subject:
     """Of the config's task. Raises InputError for examples of which nothing can be shown."""
     return (_depth if datasets.of_depth(config) else _captions)(config, examples, judged)
+
+
+def check(config: Config, example: Example) -> None:
+    """Raises InputError for a picture with depth of which nothing was measured, and so nothing can be judged."""
+    if datasets.of_depth(config) and "depth" in example:
+        _, depth = picture_and_depth(example, datasets.plain_fit(config))
+        if depth is not None and not measured(depth).any():
+            raise InputError(UNMEASURED)
 
 
 def draw_captions(
@@ -80,7 +90,7 @@ def _depth(config: Config, examples: Sequence[Example], judged: bool) -> Subject
     if any("image" not in example for example in examples):
         raise InputError("config.data.sources hold prepared latents; give pictures with depth as config.eval.sources")
     pairs = [picture_and_depth(example, fit) for example in examples]
-    images, measured = (np.stack(list(column)) for column in zip(*pairs, strict=True))
+    images, depths = (np.stack(list(column)) for column in zip(*pairs, strict=True))
 
     def draw(pipeline: Pipeline, sampler: Sampler, rows: range, num_steps: int) -> np.ndarray:
         return pipeline.depth(
@@ -95,11 +105,11 @@ def _depth(config: Config, examples: Sequence[Example], judged: bool) -> Subject
 
     def judge(results: np.ndarray) -> str:
         protocol, space = metrics.DEPTH_PROTOCOLS["all"], wanted.depth.space
-        errors = [metrics.depth_errors(protocol, p, d, space=space) for p, d in zip(results, measured, strict=True)]
+        errors = [metrics.depth_errors(protocol, p, d, space=space) for p, d in zip(results, depths, strict=True)]
         means = functools.reduce(lambda found, e: found.add(e._asdict()), errors, metrics.Means()).means()
         return f"{means['abs_rel']:.4f} / {means['delta1']:.1%}"
 
-    targets = np.stack([normalised(depth)[0] / 2 + 0.5 for depth in measured])
+    targets = np.stack([normalised(depth)[0] / 2 + 0.5 for depth in depths])
     return Subject(
         notes=(),
         draw=draw,

@@ -66,10 +66,7 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
     check(config, mesh)
     pipeline = prior.load(config)
     pipeline.noise(0, 1, *datasets.image_shape(config))  # refuses a size the VAE does not divide
-    if max(config.eval.step_counts) > (most := pipeline.schedule.num_train_timesteps):
-        raise InputError(
-            f"config.eval.step_counts={config.eval.step_counts}: the model has {most} timesteps; give fewer"
-        )
+    prior.check_steps(pipeline, config)
     plain_networks = prior.networks(pipeline, "none")
     networks, frozen, trained = prior.split(pipeline, config)
     optimizer_options, options = make_optimizer_options(config), prior.step_options(config, pipeline)
@@ -137,7 +134,8 @@ def make_insight(
     optimizer_options: optim.OptimizerOptions,
 ) -> Insight:
     """How the averaged parameters of a state are sampled with, and judged on what is held out."""
-    sampler, shown = dataclasses.replace(pipeline, mesh=mesh), data.examples(config.eval.grid_images)
+    usable = functools.partial(subjects.check, config)
+    sampler, shown = dataclasses.replace(pipeline, mesh=mesh), data.examples(config.eval.grid_images, usable)
     judge = None
     if data.validation:
         loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
@@ -226,7 +224,7 @@ def export(
             print(f"adapters: {file}")
             if not unet.adapters:
                 file = folder / "pytorch_lora_weights.safetensors"
-                beside = lora_files.export(file, adapters, frozen.unet, scale=scale)
+                beside = lora_files.export(file, adapters, frozen.unet, scale=scale, how=how)
                 if beside is not None:
                     print(f"biases and norms that were trained are no LoRA, and stand in {beside}")
     distributed.barrier("exported")
@@ -250,7 +248,8 @@ def finish(
         if preemption.reached():
             raise Preempted("told to make room after the training, which is saved; start the same command again")
 
-    examples = data.examples(config.eval.num_images if datasets.scored(config) else config.eval.grid_images)
+    count = config.eval.num_images if datasets.scored(config) else config.eval.grid_images
+    examples = data.examples(count, functools.partial(subjects.check, config))
     subject = subjects.make(config, examples, judged=True)
     compared = comparison.compare(
         comparison.contenders(before, after, config.objective.name, eval_sampler(config)),

@@ -105,7 +105,7 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
     subject = subjects.make(config(model), examples, judged=True)  # as training tells it
     assert subject.judge is not None
     assert subject.judge(drawn) == f"{shapes.frechet_distance:.2f} / {shapes.caption_accuracy:.0%}"
-    assert told[1]["fid"] != told[3]["fid"] and "clip_score" not in told[3]
+    assert told[1]["fid"] != told[3]["fid"] and not {"clip_score", "kid_std"} & told[3].keys()
 
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert written["scores"] == {str(n): values for n, values in told.items()}
@@ -114,6 +114,16 @@ def test_the_numbers_are_those_of_the_pictures(model: Path, tmp_path: Path) -> N
     table = (tmp_path / "out" / "scores.md").read_text()
     assert "6 pictures of 16 x 24 pixels" in table and "| fid" in table
     assert Image.open(tmp_path / "out" / "samples.png").size > (4 * 24, 16)
+
+
+def test_steps_by_tolerance_are_one_column(model: Path, tmp_path: Path) -> None:
+    adaptive = config(model, **{"eval.sampler": "dopri5", "eval.rtol": 0.1, "eval.atol": 0.1})
+    with pytest.raises(InputError, match=r"dopri5 takes as many steps as its tolerances ask for, each time; give one"):
+        evaluate(adaptive, tmp_path)
+    adaptive.eval.step_counts = (1,)
+    evaluate(adaptive, tmp_path)
+    header = (tmp_path / "scores.md").read_text().splitlines()[0]
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == ["dopri5"]
 
 
 def test_shares_of_processes_are_the_whole() -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import depth, quickstart, reflow, text_to_image
 from d2f_jax import InputError, NoiseSchedule, Pipeline, blueprint, evaluate, prior, sharding, train, weights
+from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.prepare import Options
 from d2f_jax.reflow import reflow as make_pairs
 
@@ -24,12 +25,14 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 STEPS = 2
+NAIVE = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
 ADAPTERS = ("diff2flow:lora_small", "diff2flow:lora_base")
+OTHER_ADAPTERS = ("flow_matching:lora_base", "diffusion:lora_base")
 # Those that other tests run as they stand, with their pictures, are left out: of text_to_image flow_matching and
 # diffusion (test_train), of depth diff2flow (test_image_to_depth).
 EXPERIMENTS = {
-    text_to_image: ("diff2flow", *ADAPTERS),
-    depth: ("flow_matching", "diffusion", ADAPTERS[1]),
+    text_to_image: ("diff2flow", *ADAPTERS, *OTHER_ADAPTERS),
+    depth: ("flow_matching", "diffusion", ADAPTERS[1], *OTHER_ADAPTERS),
     reflow: (*text_to_image.OBJECTIVES, ADAPTERS[0]),
 }
 
@@ -97,6 +100,9 @@ def test_an_experiment_in_small(
     normed = {name for name in after if ".norm1." in name}
     assert "conv_out.weight" in moved and normed and normed.isdisjoint(moved) == ("lora" in experiment)
     assert (tmp_path / "lora").exists() == ("lora" in experiment)
+    learned = Pipeline.from_pretrained(tmp_path / "export")
+    assert learned.alignment == (NAIVE if "flow_matching" in experiment else ALIGNED)
+    assert learned.task.of_pictures == (page is depth)
 
 
 @pytest.mark.parametrize("file", [text_to_image, depth, reflow])

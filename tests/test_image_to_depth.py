@@ -1,5 +1,6 @@
 """Depth of pictures: the network that is widened for it, its loss, its samples, and diffusers' own pipeline of it."""
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from d2f_jax import (
     prepare,
     prior,
     sharding,
+    subjects,
     task,
     train,
 )
@@ -257,6 +259,30 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
     config.eval.depth.protocol = "nyuv2"
     with pytest.raises(InputError, match="example 0: this crop is of pictures of 480 x 640 pixels, not 16 x 16"):
         evaluate.evaluate(config, tmp_path)
+
+
+def test_a_picture_of_which_nothing_was_measured_is_not_judged(finished: Path, tmp_path: Path) -> None:
+    depth = np.random.default_rng(0).integers(500, 9_000, (3, 16, 16), np.uint16)
+    depth[1] = 0
+    for i, image in enumerate(pictures(3)):
+        Image.fromarray(image).save(tmp_path / f"rgb_{i}.png")
+        Image.fromarray(depth[i]).save(tmp_path / f"depth_{i}.png")
+    (tmp_path / "list.txt").write_text("".join(f"rgb_{i}.png depth_{i}.png\n" for i in range(3)))
+    source = f"depth_list:{tmp_path / 'list.txt'}?protocol=scannet"
+    config = shrunk(finished / "export", **{"data.sources": (source,), "eval.step_counts": (1,)})
+    said = "example 1 of source 0: no pixel of its depth is measured; leave it out, or set config.data.on_damage=skip"
+    with pytest.raises(InputError, match=said):
+        evaluate.evaluate(config, tmp_path / "scores")
+    data = datasets.open_data(config, tmp_path, prior.load_as_it_is(config), datasets.open_given(config))
+    check = functools.partial(subjects.check, config)
+    with pytest.raises(InputError, match=said):
+        data.examples(3, check)
+    config.data.on_damage = "skip"
+    evaluate.evaluate(config, tmp_path / "scores")
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["num_images"] == 2
+    data = datasets.open_data(config, tmp_path, prior.load_as_it_is(config), datasets.open_given(config))
+    shown = data.examples(3, check)
+    assert len(shown) == 2 and subjects.make(config, shown, judged=True).judge is not None
 
 
 def test_a_benchmark_is_judged_as_it_says(finished: Path, tmp_path: Path) -> None:

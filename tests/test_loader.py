@@ -476,6 +476,7 @@ def test_something_is_left_to_train_on_and_to_hold_out(count):
         ((Numbered(3),), {"caption_dropout": 1.5}, "caption_dropout=1.5 is no probability"),
         ((Prepared(3),), {"caption_dropout": 0.1}, r"null_text has the shape None, .* that of text states \(3, 2\)"),
         ((Numbered(3, noise=True),), {"crop": "random"}, "crop='random' does not go with noise"),
+        ((Prepared(3),), {"crop": "random"}, "crop='random' does not go with latent_mean"),
         ((Numbered(3), Prepared(3)), {}, r"source 1 gives latent_mean \(4, 4, 4\), .* source 0 image \(8, 8, 3\)"),
         ((Prepared(3), Prepared(3, size=6)), {}, r"source 1 gives latent_mean \(6, 6, 4\)"),
         (

@@ -1,7 +1,7 @@
 """The objective: zero for a network that knows, the plain flow-matching error for one that doesn't; and flow times."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import diffusers
 import jax
@@ -41,6 +41,27 @@ def test_a_network_that_knows_has_no_loss(kind: str) -> None:
     last, first = (float(alignment.flow_time(schedule, i)) for i in (999, 0))
     t_B = jnp.linspace(last + 1e-4, first - 1e-4, 32)
     assert objectives.loss(Objective(), schedule, oracle(schedule), X_1, X_0, t_B).max() < 1e-6
+
+
+def test_noise_that_is_known_has_a_loss_only_before_the_last_timestep() -> None:
+    """The reason to train from there on."""
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    late = Objective(times=flow.TimeDistribution(begin="last_timestep"))
+    first = objectives.first_time(late, schedule)
+    assert objectives.first_time(Objective(), schedule) == 0 < first < 0.1
+    t_B = flow.sample_times(jax.random.key(1), (len(X_1),), late.times, first)
+    assert (t_B >= first).all() and (t_B < 1).all()
+    assert objectives.loss(late, schedule, oracle(schedule), X_1, X_0, jnp.minimum(t_B, 0.99)).max() < 1e-6
+    early = jnp.linspace(0, first / 2, len(X_1))
+    assert objectives.loss(Objective(), schedule, oracle(schedule), X_1, X_0, early).min() > 0.2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "diffusion"}, {"name": "flow_matching"}, {"alignment": Alignment(velocity=False)}]
+)
+def test_only_what_is_aligned_begins_at_the_last_timestep(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="are of diff2flow, all aligned; begin at zero"):
+        Objective(times=flow.TimeDistribution(begin="last_timestep"), **changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,8 +210,11 @@ def test_what_a_config_says_of_its_objective_is_trained() -> None:
     assert made == Objective(
         alignment=Alignment(convention="reference"), times=flow.TimeDistribution("logit_normal", -0.5, 1.5, 3.0)
     )
-    settled.update_from_flattened_dict({"objective.name": "diffusion", "objective.min_snr_gamma": 5.0})
-    assert settings.make_objective(settled) == dataclasses.replace(made, name="diffusion", min_snr_gamma=5.0)
+    changes = {"objective.name": "diffusion", "objective.min_snr_gamma": 5.0, "objective.convention": "exact"}
+    settled.update_from_flattened_dict(changes)
+    assert settings.make_objective(settled) == dataclasses.replace(
+        made, name="diffusion", alignment=Alignment(), min_snr_gamma=5.0
+    )
 
 
 def test_min_snr_without_signal_is_finite() -> None:

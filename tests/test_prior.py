@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 
 from configs import depth, quickstart, text_to_image
-from d2f_jax import InputError, Pipeline, comparison, prior
+from d2f_jax import InputError, Pipeline, comparison, evaluate, prior, train
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
@@ -105,6 +106,38 @@ def test_ddim_is_drawn_of_a_prior_that_is_a_diffusion_model(models: dict[str, Pa
     made = comparison.contenders(before, before, "flow_matching", Sampler("euler"))
     assert len(made) == rows and all(row.pipeline.alignment == NAIVE for row in made[-2:])
     assert all(row.sampler.name.startswith("ddim") and row.pipeline.alignment == ALIGNED for row in made[:-2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval.sampler": "sde_euler"}, r"step_counts=\(1, 2, 4, 8, 25\): an SDE of 1 steps"),
+        ({"eval.sampler": "sde_euler", "eval.sde.last_step_size": 0.95}, "a size between 0 and 0.9"),
+        (
+            {"eval.sampler": "sde_heun", "eval.sde.form": "SBDM", "eval.begin": "zero", "eval.step_counts": (4,)},
+            "SBDM is infinite at t = 0",
+        ),
+        ({"eval.step_counts": (4, 1001)}, "the model has 1000 timesteps; give fewer"),
+    ],
+)
+def test_steps_that_no_sampler_takes_are_refused_before_anything_is_done(
+    models: dict[str, Path], changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    config = of(quickstart.get_config(), models["plain"], **{"data.image_size": 16} | changes)
+    with pytest.raises(InputError, match=said):
+        train.train(config, tmp_path / "run")
+    with pytest.raises(InputError, match=said):
+        evaluate.evaluate(config, tmp_path / "scores")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_ddim_does_with_a_model_it_does_with_its_export(models: dict[str, Path], tmp_path: Path) -> None:
+    before = Pipeline.from_pretrained(models["plain"])
+    before.save_pretrained(tmp_path)
+    after = Pipeline.from_pretrained(tmp_path)
+    assert not before.model.set_alpha_to_one
+    drawn = [p("a cube", num_steps=3, guidance_scale=1.0, sampler="ddim").astype(int) for p in (before, after)]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddim_on_flow_grid"])

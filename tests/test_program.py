@@ -225,6 +225,7 @@ def test_what_is_compiled_is_kept_where_jax_is_told(model: Path, tmp_path: Path)
         (["--model=tiny-sd", "--prompt=a", "--batch_size=0"], "batch_size=0"),
         (["--model=tiny-sd", "--prompt=a", "--height=61"], "height=61"),
         (["--model=tiny-sd", "--prompt=a", "--sampler=magic"], "magic"),
+        (["--model=tiny-sd", "--prompt=a", "--image=a.png"], "--image tells depth, and no prompt has a part in it"),
         (["--model=tiny-sd", "--prompt=a", "--lora=nowhere.safetensors"], "nowhere.safetensors is missing"),
     ],
 )

@@ -316,7 +316,7 @@ def test_the_published_sampler_begins_at_zero(base: dict) -> None:
 @pytest.mark.parametrize("name", get_args(SamplerName))
 def test_samplers_walk_the_grid_that_they_are_asked_for(name: SamplerName) -> None:
     schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
-    shift = 1.0 if name == "ddim" else 3.0
+    shift = 1.0 if name in ("ddim", "dopri5") else 3.0
     ours = Sampler(name, shift=shift).grid(schedule, ALIGNED, {"timestep_spacing": "trailing"}, 6)
     flow_grid = sampling.flow_grid(schedule, 6, shift=shift)
     match name:
@@ -348,6 +348,14 @@ def test_ddim_is_refused_to_a_flow_that_is_not_aligned(name: SamplerName, missin
         Sampler(name).grid(schedule, ALIGNED, {}, 4, at_noise=False)
     Sampler(name).check(ALIGNED)
     Sampler("heun").check(how, at_noise=False)
+
+
+@pytest.mark.parametrize("name", ["sde_euler", "sde_heun"])
+def test_random_samplers_are_refused_to_a_flow_from_pictures(name: SamplerName) -> None:
+    """Their score is that of Gaussian noise at t = 0."""
+    with pytest.raises(InputError, match=f"sampler='{name}' starts at noise, this model's flow at the picture"):
+        Sampler(name).check(ALIGNED, at_noise=False)
+    Sampler(name).check(Alignment(state=False))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,14 @@ def test_an_objective_that_is_not_known(file: ModuleType) -> None:
             {"objective.name": "flow_matching", "objective.path": "gvp", "objective.sigma_min": 0.1},
             "sigma_min=0.1 is of the linear path; use 0 for gvp",
         ),
+        (
+            {"objective.name": "diffusion", "objective.convention": "reference"},
+            "convention=reference is diff2flow's; use exact for diffusion",
+        ),
+        ({"data.crop": "random", "data.resize": "fixed"}, "resize=fixed leaves nothing to cut"),
+        ({"objective.logit_mean": 1.0}, "times are uniform; set config.objective.times=logit_normal"),
+        ({"eval.sampler": "dopri5", "eval.shift": 2.0}, "dopri5 finds its own; use 1"),
+        ({"task.start": "image", "task.name": "image_to_depth", "eval.sampler": "sde_heun"}, "starts at noise, this"),
         ({"eval.sampler": "eulr"}, "sampler='eulr' is not one of euler, heun"),
         ({"reflow.shift": 3.0}, "ddim has its own"),
         ({"eval.eta": 1.0}, "eta=1.0 is DDIM's, not of sampler='euler'"),
@@ -137,22 +145,28 @@ def test_samplers_are_what_the_config_says() -> None:
             "eval.sde.last_step": "mean",
             "eval.sde.last_step_size": 0.1,
             "reflow.sampler": "dopri5",
+            "reflow.begin": "zero",
             "reflow.rtol": 1e-2,
             "reflow.atol": 1e-3,
         }
     )
     assert settings.eval_sampler(config) == Sampler("sde_heun", sde=SDE("SBDM", 0.5, "mean", 0.1))
-    assert settings.reflow_sampler(config) == Sampler("dopri5", rtol=1e-2, atol=1e-3)
+    assert settings.reflow_sampler(config) == Sampler("dopri5", begin="zero", rtol=1e-2, atol=1e-3)
+    config = changed(**{"eval.shift": 3.0, "eval.begin": "zero", "reflow.spacing": "trailing", "reflow.eta": 1.0})
+    assert settings.eval_sampler(config) == Sampler("euler", shift=3.0, begin="zero")
+    assert settings.reflow_sampler(config) == Sampler("ddim", spacing="trailing", eta=1.0)
 
 
 def test_samplers_are_by_default_what_sampler_has() -> None:
-    assert settings.eval_sampler(quickstart.get_config()) == Sampler()
+    config = quickstart.get_config()
+    assert settings.eval_sampler(config) == Sampler() and settings.reflow_sampler(config) == Sampler("ddim")
 
 
 CHOICES = {
     "objective.name": "diffusion",
     "objective.convention": "reference",
     "objective.times": "logit_normal",
+    "objective.begin": "last_timestep",
     "compute_dtype": "bfloat16",
     "remat": "blocks",
     "data.resize": "fixed",
@@ -160,6 +174,7 @@ CHOICES = {
     "data.on_damage": "skip",
     "eval.sde.form": "SBDM",
     "eval.sde.last_step": "mean",
+    "reflow.spacing": "quad",
     "train.optimizer": "adafactor",
     "train.schedule": "cosine",
     "train.first_moment_dtype": "bfloat16",

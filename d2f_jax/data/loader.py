@@ -249,8 +249,9 @@ def _check_fit(fit: Fit, spec: Spec, latent_shape: tuple[int, int] | None) -> No
         shape, null_shape = spec["text_states"][0], None if fit.null_text is None else fit.null_text.shape
         if null_shape != shape:
             raise InputError(f"null_text has the shape {null_shape}, caption_dropout needs that of text states {shape}")
-    if fit.crop == "random" and fit.resize == "aspect" and {"image", "noise"} <= spec.keys():
-        raise InputError("crop='random' does not go with noise, which belongs to the whole picture; use crop='center'")
+    if fit.crop == "random" and shapes:
+        of_whole = next(iter(shapes))
+        raise InputError(f"crop='random' does not go with {of_whole}, which is of the whole picture; use crop='center'")
 
 
 def _outlive_warnings(_worker: int, _count: int) -> None:
