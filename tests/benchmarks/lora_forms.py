@@ -1,8 +1,9 @@
 """LoRA merged into the kernels inside the step, against low-rank activations beside the layers.
 
-    PYTHONPATH=. python tests/benchmarks/lora_forms.py       # both of
+    PYTHONPATH=. python tests/benchmarks/lora_forms.py       # the next two
     PYTHONPATH=. python tests/benchmarks/lora_forms.py size  # Stable Diffusion 2.1, by shapes alone
     PYTHONPATH=. python tests/benchmarks/lora_forms.py time  # compiled and run, on a CPU a quarter of its width
+    PYTHONPATH=. python tests/benchmarks/lora_forms.py tpu   # blocks of it as the compiler for TPU v6e has them
 
 Loss and gradient of the UNet with the paper's two sets of adapters, and of the whole UNet; float32, no recomputation.
 First Stable Diffusion 2.1 at 512 pixels (64 x 64 latents): TFLOP a step, as XLA counts them before it optimises. Then
@@ -20,6 +21,7 @@ with and exported is one function of its parameters. Where a device has a single
 these figures. TPUs and GPUs, half precision and recomputation were not measured.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -32,10 +34,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from configs import quickstart
-from d2f_jax import chips, lora, prior
-from d2f_jax.models.layers import shapes_of
+from d2f_jax import chips, hlo, lora, oracle, prior, sharding, traffic
+from d2f_jax.models.attention import split_over
+from d2f_jax.models.layers import Build, ResnetBlock2D, Transformer2DModel, in_compute_dtype, shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 FULL = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
@@ -133,13 +137,64 @@ def seconds() -> list[dict[str, Any]]:
     return rows
 
 
+def on_tpu() -> list[dict[str, Any]]:
+    """Of a residual block and a transformer, at the levels of most pixels and of most parameters that have both."""
+    oracle.prepare()
+    mesh, rows = sharding.make_mesh(devices=list(oracle.topology("v6e:2x2").devices)[:1]), []
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+
+    for width, side in ((320, 64), (1280, 16)):
+        graphdef, params = nnx.split(shapes_of(lambda rngs, width=width: blocks(width, rngs)))
+        given = [jax.ShapeDtypeStruct((4, side, side, width), jnp.bfloat16)]
+        given += [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4, 77, 1024), (4, 1280))]
+        for preset in PRESETS:
+            adapted = dataclasses.replace(targets(preset, FULL), first_layer=False, last_layer=False)
+            trained = jax.eval_shape(functools.partial(lora.init, key=jax.random.key(0), targets=adapted), params)
+            for form in FORMS:
+                shapes = jax.tree.map(placed, (trained, params, *given))
+                compiled = oracle.compiled(gradient_of_blocks(graphdef, form, mesh).lower(*shapes))
+                work = traffic.work(hlo.parse(compiled.as_text() or ""))
+                row = {"form": form, "preset": preset, "width": width, "flops": work.flops}
+                row |= {"temporaries": compiled.memory_analysis().temp_size_in_bytes, "hbm": sum(work.hbm.values())}
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def blocks(width: int, rngs: nnx.Rngs) -> nnx.List:
+    build = Build(jnp.bfloat16, jnp.float32, rngs)
+    resnet = ResnetBlock2D(width, width, time_width=1280, groups=32, eps=1e-5, build=build)
+    heads = {"heads": width // 64, "context_width": 1024, "depth": 1, "groups": 32, "linear_projection": True}
+    transformer = Transformer2DModel(width, **heads, build=build)
+    resnet.recompute = transformer.recompute = "elementwise"
+    return nnx.List([resnet, transformer])
+
+
+def gradient_of_blocks(graphdef: nnx.GraphDef, form: str, mesh: Mesh) -> Any:
+    """By what is trained, float32, and by the input, as in the middle of a network; computed in bfloat16."""
+
+    @split_over(mesh)
+    def loss(trained: Any, base: nnx.State, x: jax.Array, text: jax.Array, time: jax.Array) -> jax.Array:
+        if form == "merged":
+            both = nnx.merge(graphdef, in_compute_dtype(lora.merge(base, trained, scale=1.0), jnp.bfloat16))
+        else:
+            both = nnx.merge(graphdef, in_compute_dtype(base, jnp.bfloat16))
+            lora.attach(both, trained, scale=1.0)
+        resnet, transformer = both
+        return jnp.mean(transformer(resnet(x, time), text).astype(jnp.float32) ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 2)))
+
+
 def main() -> None:
     kind = "cpu" if ON_CPU else DEVICE.device_kind.lower().replace(" ", "_")
     file = ROOT / "results" / "benchmarks" / f"lora_forms_{kind}.json"
     record = json.loads(file.read_text()) if file.exists() else {}
     record["device"] = f"{DEVICE.device_kind}, {os.cpu_count()} CPU cores"
-    parts = {"size": size, "time": seconds}
-    for name in sys.argv[1:] or parts:
+    parts = {"size": size, "time": seconds, "tpu": on_tpu}
+    for name in sys.argv[1:] or ("size", "time"):
         stamp = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime())}
         record[name] = stamp | {"rows": parts[name]()}
         file.parent.mkdir(parents=True, exist_ok=True)
