@@ -164,6 +164,7 @@ def test_bounds() -> None:
         collectives={"all-gather": 1},
         received={"all-gather": 10**9},
         operations={(197 * 10**12, 0, 2 * 1_712_000_000): 1, (0, 819 * 10**9, None): 2},
+        unknown_loops=0,
     )
     found = forecast.bounds(work, topology("v5e:16x16"))
     assert found == pytest.approx({"compute": 1, "HBM": 2, "ICI": 0.005, "serial": 3.005, "estimated": 4.005})
