@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from d2f_jax.models.attention import unfused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,13 @@ def peak_tflops(device: Any) -> float | None:
     return _PEAK_TFLOPS.get(device.device_kind)
 
 
-def flops(lowered: jax.stages.Lowered) -> float | None:
-    """Floating-point operations of a lowered program over all devices, as XLA counts them before it optimises.
+def flops(jitted: Any, *arguments: Any) -> float | None:
+    """Floating-point operations of a jitted function over all devices, as XLA counts them before it optimises.
 
-    None where the backend does not count. A loop's body counts once.
+    Attention counts as XLA does it, whatever the devices are: a fused kernel's operations it does not see. None where
+    the backend does not count. A loop's body counts once.
     """
-    analysis = lowered.cost_analysis()
+    with unfused():
+        analysis = jitted.lower(*arguments).cost_analysis()
     counted = analysis.get("flops") if analysis else None
     return float(counted) if counted and counted > 0 else None

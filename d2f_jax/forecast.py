@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from d2f_jax import blueprint, chips, hlo, oracle, program, report, settings, sharding, traffic
+from d2f_jax import blueprint, hlo, oracle, program, report, settings, sharding, traffic
 from d2f_jax.errors import InputError
 from d2f_jax.oracle import Answer, Topology
 from d2f_jax.program import Config
@@ -82,9 +82,7 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
     if train:
         sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
         parameters["trained"] = _count(blueprint.parameters(config, drawn)[1])
-        useful = chips.flops(
-            blueprint.lower_train(config, drawn, sharding.make_mesh(1, 1, jax.devices()[:1]), plain=True)
-        )
+        useful = blueprint.useful_flops(config, drawn)
         size, steps = config.train.batch_size, None
         lowered = blueprint.lower_train(config, drawn, mesh)
     else:

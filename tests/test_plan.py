@@ -178,8 +178,8 @@ def fitting(model: Path) -> Plan:
     answer = Answer(12.0, 3 * 2**30, 2**30, 2**30, 2**20, ADD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "ask", lambda *_: answer)
-        patch.setattr(blueprint, "lower_train", lambda *_, **__: None)
-        patch.setattr(chips, "flops", lambda _: 3.2e12)
+        patch.setattr(blueprint, "lower_train", lambda *_: None)
+        patch.setattr(blueprint, "useful_flops", lambda *_: 3.2e12)
         return forecast.make_plan(config(model, **{"train.num_steps": 3600}), "train", topology())
 
 
