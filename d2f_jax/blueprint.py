@@ -186,9 +186,14 @@ def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) 
 
 
 def rows_drawn(config: Config, mesh: Mesh) -> int:
-    """`config.eval.batch_size`, of depth for each of the ensemble, filled up to the same number for every device."""
-    count = config.eval.batch_size * (config.eval.depth.ensemble if datasets.of_depth(config) else 1)
+    """Of `config.eval.batch_size` pictures, filled up to the same number for every device."""
+    count = config.eval.batch_size * estimates(config)
     return count + -count % mesh.size
+
+
+def estimates(config: Config) -> int:
+    """How often each picture is drawn: once, but depth for each of the ensemble."""
+    return config.eval.depth.ensemble if datasets.of_depth(config) else 1
 
 
 def _key() -> Any:
