@@ -11,6 +11,7 @@ FREE |= {"opt-barrier", "async-update", "domain"}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_BRANCHES = re.compile(r"\b(?:branch|true|false)_computations?=(\{[^}]*\}|%[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +138,10 @@ def flops(of: Computation, instruction: Instruction) -> int:
 
 
 def _flops_of_splash(of: Computation, kernel: Instruction) -> int:
-    """Every product in jax's kernels is of queries and keys [batch, heads, length, width], or costs as much as that.
+    """By how many products of its kernels' operands [batch, heads, length, width], each of which costs as much as q k.
 
-    Forward they are q k and p v; for the gradient by keys and values q k, do v, p do and ds q, and ds k as well where
-    one kernel makes that by queries too, in a part for each block of keys; in a kernel of its own q k, do v and ds k.
+    Forward they are q k and p v. The gradient by keys and values has q k, do v, p do and ds q, and ds k as well where
+    the same kernel makes that by queries, of which each block of keys leaves a part; alone that has q k, do v and ds k.
     """
     kind = re.match(r"splash_mha_(fwd|dkv|dq)_", kernel.name)
     if kind is None:
@@ -189,11 +190,8 @@ def _runs(program: Program, name: str, times: int, unknown: int) -> Iterator[tup
                 called = instruction.attribute("(?:to_apply|calls)") or ""
                 yield from _runs(program, called, times, unknown)
             case "conditional":
-                for names in re.findall(
-                    r"\b(?:branch|true|false)_computations?=(\{[^}]*\}|%[\w.\-]+)", instruction.text
-                ):
-                    for branch in re.findall(r"%([\w.\-]+)", names):
-                        yield from _runs(program, branch, times, unknown)
+                for branch in re.findall(r"%([\w.\-]+)", " ".join(_BRANCHES.findall(instruction.text))):
+                    yield from _runs(program, branch, times, unknown)
             case opcode if opcode not in FREE and not opcode.endswith("-done"):
                 yield computation, instruction, times
 
