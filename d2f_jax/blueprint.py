@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2f_jax import datasets, optim, prior, settings, sharding, weights
+from d2f_jax import chips, datasets, optim, prior, settings, sharding, weights
 from d2f_jax import step as steps
 from d2f_jax.data.open import open_source
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from d2f_jax.models.layers import shapes_of
-from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
+from d2f_jax.models.unet import Remat, UNet2DConditionModel, UNetConfig
 from d2f_jax.pipeline import Pipeline, task_of
 from d2f_jax.program import Config
 from d2f_jax.programs import make_program
@@ -113,18 +113,29 @@ def batch_arrays(config: Config) -> tuple[str, tuple[str, ...]]:
     return f"{source}: {what} and {text}{note}", tuple(arrays)
 
 
-def lower_train(config: Config, drawn: Blueprint, mesh: Mesh, *, plain: bool = False) -> jax.stages.Lowered:
-    """The train step over `mesh`; `plain` without recomputation or loops: its operations are the ones that count."""
+def lower_train(config: Config, drawn: Blueprint, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step over `mesh`."""
+    step, arguments = train_step(config, drawn, mesh, config.remat, config.train.accumulate)
+    return step.lower(*arguments)
+
+
+def useful_flops(config: Config, drawn: Blueprint) -> float | None:
+    """Of a train step, without recomputation or loops: its operations are the ones that count."""
+    step, arguments = train_step(config, drawn, sharding.make_mesh(devices=jax.devices()[:1]), "none", 1)
+    return chips.flops(step, *arguments)
+
+
+def train_step(
+    config: Config, drawn: Blueprint, mesh: Mesh, remat: Remat, accumulate: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """Jitted, and the shapes of its arguments."""
     pipeline = drawn.pipeline
     frozen, trained = parameters(config, drawn)
     optimizer = optim.make_optimizer(settings.make_optimizer_options(config))
     state = jax.eval_shape(functools.partial(steps.init_state, optimizer=optimizer), trained, root_key=_key())
-    networks = prior.networks(pipeline, "none" if plain else config.remat)
-    options = prior.step_options(config, pipeline)
-    options = dataclasses.replace(options, accumulate=1) if plain else options
-    step = steps.make_train_step(networks, pipeline.schedule, optimizer, options, mesh)
-    batch = train_batch(config, drawn)
-    return step.lower(_kept(mesh, state), _kept(mesh, frozen), _split(mesh, batch))  # pyright: ignore
+    options = dataclasses.replace(prior.step_options(config, pipeline), accumulate=accumulate)
+    step = steps.make_train_step(prior.networks(pipeline, remat), pipeline.schedule, optimizer, options, mesh)
+    return step, (_kept(mesh, state), _kept(mesh, frozen), _split(mesh, train_batch(config, drawn)))
 
 
 def parameters(config: Config, drawn: Blueprint) -> tuple[steps.Frozen, Any]:
@@ -175,9 +186,14 @@ def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) 
 
 
 def rows_drawn(config: Config, mesh: Mesh) -> int:
-    """`config.eval.batch_size`, of depth for each of the ensemble, filled up to the same number for every device."""
-    count = config.eval.batch_size * (config.eval.depth.ensemble if datasets.of_depth(config) else 1)
+    """Of `config.eval.batch_size` pictures, filled up to the same number for every device."""
+    count = config.eval.batch_size * estimates(config)
     return count + -count % mesh.size
+
+
+def estimates(config: Config) -> int:
+    """How often each picture is drawn: once, but depth for each of the ensemble."""
+    return config.eval.depth.ensemble if datasets.of_depth(config) else 1
 
 
 def _key() -> Any:

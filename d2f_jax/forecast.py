@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-from d2f_jax import blueprint, chips, hlo, oracle, program, report, settings, sharding, traffic
+from d2f_jax import blueprint, hlo, oracle, program, report, settings, sharding, traffic
+from d2f_jax.blueprint import Blueprint
 from d2f_jax.errors import InputError
 from d2f_jax.oracle import Answer, Topology
 from d2f_jax.program import Config
@@ -25,8 +27,10 @@ _TOLD = {
 class Plan:
     """Bytes, FLOPs and seconds of one of `devices`, which are what JAX calls so: a TPU7x chip has two.
 
-    The program runs `runs` times, as a training has steps, each time on `batch_size` images. If it does not fit, all
-    that is known is `memory`, of which it "needs" more than is "usable". `seconds` are `bounds`.
+    The program runs `runs` times, as a training has steps, each time on `batch_size` images. They are `rows` of what is
+    computed: depth is estimated `ensemble` times for each, and every device has as many. If it does not fit, all that
+    is known is `memory`, of which it "needs" more than is "usable". `seconds` are `bounds`. How often `unknown_loops`
+    run is not known: they count as one round, or as the sampler's steps.
     """
 
     program: Kind
@@ -36,6 +40,8 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     batch_size: int
+    ensemble: int
+    rows: int
     accumulate: int
     remat: str
     sampler_steps: int | None
@@ -51,6 +57,7 @@ class Plan:
     hbm: dict[str, int]
     collectives: dict[str, dict[str, int]]
     seconds: dict[str, float]
+    unknown_loops: int
 
     @property
     def bound_by(self) -> str:
@@ -80,18 +87,17 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
     networks = {name: nnx.state(getattr(drawn.pipeline, name)) for name in ("unet", "vae", "text_encoder")}
     parameters = {name: _count(params) for name, params in networks.items()}
     if train:
-        sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
+        _check_training(config, drawn, mesh)
         parameters["trained"] = _count(blueprint.parameters(config, drawn)[1])
-        useful = chips.flops(
-            blueprint.lower_train(config, drawn, sharding.make_mesh(1, 1, jax.devices()[:1]), plain=True)
-        )
-        size, steps = config.train.batch_size, None
+        useful = blueprint.useful_flops(config, drawn)
+        size = rows = config.train.batch_size
+        steps, ensemble = None, 1
         lowered = blueprint.lower_train(config, drawn, mesh)
     else:
         if config.eval.sampler == "dopri5":
             raise InputError("config.eval.sampler=dopri5 takes as many steps as it needs; plan with another sampler")
-        useful, steps = None, max(config.eval.step_counts)
-        size = blueprint.rows_drawn(config, mesh)
+        useful, steps, size = None, max(config.eval.step_counts), config.eval.batch_size
+        rows, ensemble = blueprint.rows_drawn(config, mesh), blueprint.estimates(config)
         lowered = blueprint.lower_sampler(config, drawn, mesh, steps)
     answer = oracle.ask(lowered, where, program.cache_folder() / "plans")
     work = traffic.work(hlo.parse(answer.hlo), unknown_trips=steps or 1) if answer.fits else None
@@ -103,6 +109,8 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
         devices=len(where.devices),
         mesh=dict(mesh.shape),
         batch_size=size,
+        ensemble=ensemble,
+        rows=rows,
         accumulate=config.train.accumulate if train else 1,
         remat=config.remat if train else "none",
         sampler_steps=steps,
@@ -118,18 +126,21 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
         hbm=work.hbm if work else {},
         collectives={k: {"count": n, "bytes": work.received[k]} for k, n in work.collectives.items()} if work else {},
         seconds=bounds(work, where) if work else {},
+        unknown_loops=work.unknown_loops if work else 0,
     )
 
 
 def bounds(work: Work, where: Topology) -> dict[str, float]:
     """Seconds that each resource is busy at least; "serial" adds up operations and collectives, nothing overlapping.
 
-    An operation takes as long as its FLOPs or its bytes of HBM, whichever is longer; collectives use all links. For
-    "estimated" it takes the compiler's cycles, if it tells them.
+    An operation takes as long as its FLOPs or its bytes of HBM, whichever is longer. For "estimated" it takes the
+    compiler's cycles, on the scale of `TPU.cycles`, if it tells them. Collectives use all links of a slice, which is
+    their best; what slices exchange takes no time here.
     """
     tpu = where.tpu
     peak, bandwidth, links = (rate / tpu.devices for rate in (tpu.tflops * 1e12, tpu.hbm * 1e9, tpu.ici * 1e9))
-    ici = sum(work.received.values()) / (links * where.links) if where.links else 0.0
+    received = sum(size for kind, size in work.received.items() if kind != traffic.BETWEEN_SLICES)
+    ici = received / (links * where.links) if where.links else 0.0
     serial = estimated = ici
     for (flops, moved, cycles), times in work.operations.items():
         alone = max(flops / peak, moved / bandwidth)
@@ -142,7 +153,8 @@ def bounds(work: Work, where: Topology) -> dict[str, float]:
 def table(plan: Plan) -> str:
     """Markdown, for people."""
     each = "chip" if plan.devices == plan.chips else f"device ({plan.devices // plan.chips} a chip)"
-    share = f"{plan.batch_size} images, {plan.batch_size / plan.devices / plan.accumulate:g} on a {each}"
+    of = f" of {plan.ensemble} estimates" if plan.ensemble > 1 else ""
+    share = f"{plan.batch_size} images{of}, {plan.rows / plan.devices / plan.accumulate:g} on a {each}"
     share += f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""
     if plan.program == "train":
         work = ["a step", f"{share}; remat {plan.remat}"]
@@ -167,6 +179,15 @@ def verdict(plan: Plan) -> str:
     return f"{needs:.2f} of {usable:.2f} GiB: does not fit, by {needs - usable:.2f} GiB at least"
 
 
+def _check_training(config: Config, drawn: Blueprint, mesh: Mesh) -> None:
+    """Raises InputError for what training refuses, before or after it has loaded the model."""
+    settings.check(config, mesh)
+    if max(config.eval.step_counts) > (most := drawn.pipeline.schedule.num_train_timesteps):
+        raise InputError(
+            f"config.eval.step_counts={config.eval.step_counts}: the model has {most} timesteps; give fewer"
+        )
+
+
 def _memory(answer: Answer, where: Topology) -> dict[str, int]:
     parts = {"arguments": answer.arguments, "temporaries": answer.temporaries, "program": answer.code}
     return (parts if answer.fits else {}) | {"needs": answer.needs, "usable": int(where.tpu.usable_gib * 2**30)}
@@ -181,7 +202,10 @@ def _work_rows(plan: Plan, each: str) -> list[list[str]]:
     rows.append([f"HBM traffic of a {each}", _quantity(total, "B")])
     rows += [[f"- {name}", _quantity(n, "B")] for name, n in classes.items()]
     for kind, found in sorted(plan.collectives.items()):
-        rows.append([f"{found['count']} x {kind}", f"{_quantity(found['bytes'], 'B')} come in"])
+        between = ", over a network whose speed is not known here" if kind == traffic.BETWEEN_SLICES else ""
+        rows.append([f"{found['count']} x {kind}", f"{_quantity(found['bytes'], 'B')} come in{between}"])
+    if plan.unknown_loops:
+        rows.append(["loops of unknown length", f"{plan.unknown_loops}, counted as {plan.sampler_steps or 1} rounds"])
     return rows
 
 
@@ -191,6 +215,7 @@ def _time_rows(plan: Plan) -> list[list[str]]:
     for name, times in plan.times().items():
         speed = _quantity(times["images_per_second_per_chip"], "")
         told = f"{_quantity(times['seconds'], 's')}, {speed} images/s per chip"
+        told += ", ICI at best" if plan.seconds["ICI"] and name != "overlapping" else ""
         if plan.program == "train":
             told += f"; {plan.runs} steps: {times['hours']:.2g} hours, {times['chip_hours']:.2g} chip-hours"
         rows.append([_TOLD[name], told])

@@ -11,6 +11,7 @@ FREE |= {"opt-barrier", "async-update", "domain"}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_BRANCHES = re.compile(r"\b(?:branch|true|false)_computations?=(\{[^}]*\}|%[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Program:
 def parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in re.sub(r'\n(?="|}})', " ", text).splitlines():  # what is told of a kernel has lines of its own
         if match := _COMPUTATION.match(line):
             current = computations.setdefault(match[2], {})
             entry = match[2] if match[1] else entry
@@ -92,6 +93,12 @@ def trips(program: Program, within: Computation, loop: Instruction) -> int | Non
     return None if first is None or last is None else max(last - first, 0)
 
 
+def unknown_loops(program: Program) -> int:
+    """How many loops there are whose length the text does not tell."""
+    every = ((of, each) for of in program.computations.values() for each in of.values())
+    return sum(each.opcode == "while" and trips(program, of, each) is None for of, each in every)
+
+
 def inside(program: Program, of: Computation, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
     """The instruction, or all that a fusion is made of."""
     if instruction.opcode == "fusion":
@@ -103,11 +110,13 @@ def inside(program: Program, of: Computation, instruction: Instruction) -> Itera
 
 
 def flops(of: Computation, instruction: Instruction) -> int:
-    """Two for each multiplication with what is not padding."""
+    """Two for each multiplication with what is not padding; of kernels, those of splash attention alone."""
     if instruction.opcode == "dot":
         left = of[instruction.operands[0]].results[0].dims
         contracted = (instruction.attribute("lhs_contracting_dims", r"=\{([\d,]*)\}") or "").split(",")
         return 2 * math.prod(instruction.results[0].dims) * math.prod(left[int(i)] for i in contracted if i)
+    if instruction.opcode == "custom-call":
+        return _flops_of_splash(of, instruction)
     if instruction.opcode != "convolution":
         return 0
     left, right = (of[name].results[0].dims for name in instruction.operands)
@@ -126,6 +135,20 @@ def flops(of: Computation, instruction: Instruction) -> int:
         sides = left[labels[0].index(str(k))], right[labels[1].index(str(k))], out[labels[2].index(str(k))]
         total *= _pairs(*sides, int(at("stride", "1")), before, *dilation)
     return total
+
+
+def _flops_of_splash(of: Computation, kernel: Instruction) -> int:
+    """By how many products of its kernels' operands [batch, heads, length, width], each of which costs as much as q k.
+
+    Forward they are q k and p v. The gradient by keys and values has q k, do v, p do and ds q, and ds k as well where
+    the same kernel makes that by queries, of which each block of keys leaves a part; alone that has q k, do v and ds k.
+    """
+    kind = re.match(r"splash_mha_(fwd|dkv|dq)_", kernel.name)
+    if kind is None:
+        return 0
+    q, k, *_ = (dims for name in kernel.operands if len(dims := of[name].results[0].dims) == 4)
+    parts_of_dq = any(len(array.dims) == 5 for array in kernel.results)
+    return 2 * math.prod(q) * k[2] * ({"fwd": 2, "dkv": 4, "dq": 3}[kind[1]] + parts_of_dq)
 
 
 def _array(kind: str, bits: str, sides: str, layout: str) -> Array:
@@ -167,7 +190,7 @@ def _runs(program: Program, name: str, times: int, unknown: int) -> Iterator[tup
                 called = instruction.attribute("(?:to_apply|calls)") or ""
                 yield from _runs(program, called, times, unknown)
             case "conditional":
-                for branch in re.findall(r"%([\w.\-]+)", instruction.text.partition(")")[2].partition(", metadata")[0]):
+                for branch in re.findall(r"%([\w.\-]+)", " ".join(_BRANCHES.findall(instruction.text))):
                     yield from _runs(program, branch, times, unknown)
             case opcode if opcode not in FREE and not opcode.endswith("-done"):
                 yield computation, instruction, times

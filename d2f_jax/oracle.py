@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from d2f_jax.errors import InputError, SaveError
 # early. Two of Stable Diffusion's it compiled to the same estimate of cycles in a quarter of the time, for v6e; memory
 # and traffic of a block, and all that is told of tiny-sd, were the same with it and without.
 _OPTIONS: dict[str, str | bool] = {"xla_jf_convolution_performance_target": "0.99"}
+_MEANING = 1  # of what is kept of an answer; to be raised when it changes, so that it is asked for anew
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -45,8 +47,11 @@ class Topology:
 
     @property
     def links(self) -> float:
-        """The share of a chip's links that lead to another one: one where a side is 2, none where it is 1."""
-        return sum(min(side - 1, 2) for side in self.shape) / self.tpu.links
+        """The share of its links by which a chip at the end of every side reaches others: one for a side, or two."""
+        rings = [side > 2 and side % self.tpu.wraps == 0 for side in self.shape]
+        if len(rings) == 3:
+            rings = [all(rings)] * 3
+        return sum((1 + ring) * (side > 1) for side, ring in zip(self.shape, rings, strict=True)) / self.tpu.links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +93,21 @@ def topology(name: str, slices: int = 1) -> Topology:
     options["chips_per_host_bounds"] = (*(min(side, 2) for side in shape[:2]), 1)
     try:
         devices = topologies.get_topology_desc(name, "tpu", **options).devices
-    except JaxRuntimeError as error:
+    except RuntimeError as error:
+        _check_compiler()
         raise InputError(f"--topology={name}: no shape of {slices} slices ({_line(error)}); give another") from error
     return Topology(name, slices, tpu, shape, devices)
+
+
+def _check_compiler() -> None:
+    """Raises InputError if it does not even know a shape that there is."""
+    try:
+        topologies.get_topology_desc("v5e:2x2", "tpu")
+    except RuntimeError as error:
+        raise InputError(
+            f"libtpu, the TPU's compiler, is broken or does not go with jax {jax.__version__} ({_line(error)}); "
+            "install both anew: ./launch/install.sh tpu"
+        ) from error
 
 
 def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
@@ -98,12 +115,13 @@ def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     asked = [field.name for field in dataclasses.fields(Answer)]
-    question = json.dumps([asked, where.name, where.slices, versions, flags, _OPTIONS, lowered.as_text()])
+    place = [where.name, where.slices, dict(where.tpu.options)]
+    question = json.dumps([_MEANING, asked, place, versions, flags, _OPTIONS, lowered.as_text()])
     file = cache / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json.gz"
-    if file.is_file():
-        return Answer(**json.loads(gzip.decompress(file.read_bytes())))
+    if (answer := _kept(file)) is not None:
+        return answer
     print(f"compiling for {where.name}: seconds for tiny-sd, minutes for Stable Diffusion", file=sys.stderr)
-    answer = _compiled(lowered)
+    answer = _asked(lowered)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,18 +132,34 @@ def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
     return answer
 
 
-def _compiled(lowered: jax.stages.Lowered) -> Answer:
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """With a shorter search, if the compiler knows how to be told."""
+    try:
+        return lowered.compile(_OPTIONS)
+    except JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+    return lowered.compile()
+
+
+def _kept(file: Path) -> Answer | None:
+    """None as well if it is damaged."""
+    try:
+        return Answer(**json.loads(gzip.decompress(file.read_bytes())))
+    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+        return None
+
+
+def _asked(lowered: jax.stages.Lowered) -> Answer:
     began = time.monotonic()
     try:
-        compiled = lowered.compile(_OPTIONS)
+        program = compiled(lowered)
     except JaxRuntimeError as error:
-        # "Used 17.94G of 15.75G hbm", or "the total memory required (17.94G) exceeds available HBM (15.75G)"
-        sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower() or not sizes:
+        needs = _too_much(str(error))
+        if needs is None:
             raise
-        needs = int(float(sizes[0][0]) * _UNITS[sizes[0][1]])
         return Answer(time.monotonic() - began, needs, 0, 0, 0, "")
-    memory: Any = compiled.memory_analysis()
+    memory: Any = program.memory_analysis()
     code = memory.generated_code_size_in_bytes
     laid_out = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     laid_out -= memory.alias_size_in_bytes  # results that take the place of arguments
@@ -135,9 +169,23 @@ def _compiled(lowered: jax.stages.Lowered) -> Answer:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=code,
-        hlo=compiled.as_text() or "",
+        hlo=program.as_text() or "",
     )
 
 
-def _line(error: Exception) -> str:
+def _too_much(said: str) -> int | None:
+    """The bytes of HBM that a program would need, if that is why it was refused.
+
+    Raises InputError if it is for lack of another memory, such as VMEM, on which the size of the batch hardly bears.
+    """
+    if "RESOURCE_EXHAUSTED" not in said:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said)
+    found = found or re.search(r"memory required[^(]*\(([\d.]+)([KMGT])\) exceeds available HBM", said)
+    if found is None:
+        raise InputError(f"the TPU's compiler finds no room in a memory that is not HBM ({_line(said)})")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _line(error: Exception | str) -> str:
     return " ".join(str(error).split())[:200]

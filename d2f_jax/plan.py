@@ -11,12 +11,14 @@ here. --search compiles batches of powers of two a device for each config.remat,
 
 Memory is as the compiler lays it out. Times are bounds of what it made of the program: FLOPs at the chip's bfloat16
 peak, for TPUs multiply float32 in bfloat16 too; bytes of HBM that operations read and write, at its full bandwidth;
-bytes that collectives bring in, over all links to other chips at once. "At least" is the longest of the three. Nothing
-overlaps in "one operation after another", where each takes as long as its FLOPs or its bytes. "As the compiler
-estimates" adds up the cycles by which it chooses between ways to do an operation, against those of a large product of
-matrices at the chip's peak: they know of operations that are too small or of an awkward shape. That is likely the
-nearest to what a run takes, but was not held against one. None knows latency between chips, networks between slices, or
-a host that is late with data.
+bytes that collectives bring in, over all of a chip's links at once, which no way to do them exceeds and few reach. "At
+least" is the longest of the three. Nothing overlaps in "one operation after another", where each takes as long as its
+FLOPs or its bytes. Of fused attention FLOPs are those of its kernels' products, by their shapes, and bytes those of its
+operands, once. "As the compiler estimates" is the same with the cycles by which the compiler chooses between ways to do
+an operation, where it gives any: none for fused attention and collectives. Cycles are turned into seconds by one number
+for each generation of chips, with which a large product of matrices runs at the peak. They know of operations that are
+too small or of an awkward shape, but are made for comparing, and this time was not held against a TPU's. None knows
+latency between chips, networks between slices, of whose traffic only the bytes are told, or a host late with data.
 """
 
 import json

@@ -23,7 +23,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
     """Axes `data` and `fsdp` over `devices` (all there are); one of the sizes may be -1, which takes what is left.
 
     Neighbours in `fsdp`, which exchange most, are neighbours in the chips' network. With several slices, `data` alone
-    spans them. Raises InputError for sizes that the devices do not have.
+    spans them. Raises InputError for sizes that the devices, or their network, do not have.
     """
     devices = jax.devices() if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -33,12 +33,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
             f"config.mesh.fsdp={fsdp} reaches over {slices} slices of {len(devices) // slices} devices; "
             f"use a divisor of {len(devices) // slices}"
         )
-    if slices > 1:
-        array = mesh_utils.create_hybrid_device_mesh(
-            (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
-        )
-    else:
-        array = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    try:
+        if slices > 1:
+            array = mesh_utils.create_hybrid_device_mesh(
+                (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+            )
+        else:
+            array = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"config.mesh.data={data}, config.mesh.fsdp={fsdp} cannot be laid over the network of {len(devices)} "
+            f"devices ({error}); use other sizes"
+        ) from error
     return Mesh(array, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

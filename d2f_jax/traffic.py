@@ -2,8 +2,9 @@
 
 HBM bytes are those of operands and results of all instructions that run, as their tiled layouts take them. Buffers in
 other memories do not count (a TPU's VMEM is `S(1)`), nor does what a fusion holds inside. A slice reads what it takes,
-an update in place writes what it puts. FLOPs are those of convolutions and products of matrices, without padding. A
-collective that runs in parts, beside other work, counts once.
+an update in place writes what it puts. A kernel reads its operands once, which is a lower bound: splash attention
+brings keys and values in again for every block of queries. FLOPs are those of convolutions, products of matrices and
+splash attention, without padding. A collective that runs in parts, beside other work, counts once.
 """
 
 import collections
@@ -16,11 +17,12 @@ from d2f_jax.hlo import Computation, Instruction, Program
 
 PRODUCTS, ELEMENTWISE, COPIES = "matrix products", "elementwise and reductions", "copies and transposes"
 MOVES, COLLECTIVES, CUSTOM = "moves to and from VMEM", "collectives", "custom calls"
+BETWEEN_SLICES = "exchange between slices"
 CLASSES = (PRODUCTS, ELEMENTWISE, COPIES, MOVES, COLLECTIVES, CUSTOM)
 
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _COPIES = _SLICES | {"copy", "transpose", "reshape", "dynamic-update-slice", "concatenate", "pad", "reverse"}
-_COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+_COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "recv"}
 _NOT_KNOWN = 2**63 - 1  # cycles
 _NAMES_ONLY = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that move nothing
 
@@ -30,7 +32,8 @@ class Work:
     """Of one device in one run: bytes of HBM by class, FLOPs, and of each kind of collective how many and the bytes.
 
     `operations` is how often an instruction of so many FLOPs, bytes of HBM and cycles runs. Cycles are estimates of the
-    TPU's compiler: none of moves beside other work, and None where it does not know.
+    TPU's compiler: 0 of moves beside other work, and None where it gives none. Of `unknown_loops` it is not told how
+    often they run.
     """
 
     hbm: dict[str, int]
@@ -38,6 +41,7 @@ class Work:
     collectives: dict[str, int]
     received: dict[str, int]
     operations: dict[tuple[int, int, int | None], int]
+    unknown_loops: int
 
 
 def work(program: Program, *, unknown_trips: int = 1) -> Work:
@@ -46,22 +50,29 @@ def work(program: Program, *, unknown_trips: int = 1) -> Work:
     for computation, instruction, times in hlo.runs(program, unknown_trips):
         inside = list(hlo.inside(program, computation, instruction))
         flops, moved = sum(hlo.flops(of, each) for of, each in inside), _hbm(program, computation, instruction)
-        cycles = int(instruction.attribute("estimated_cycles", r'":"(\d+)') or 0)
-        operations[flops, moved, None if cycles == _NOT_KNOWN else cycles] += times
+        operations[flops, moved, _cycles(instruction)] += times
         hbm[_class(computation, instruction, inside)] += times * moved
         for of, each in ((of, each) for of, each in inside if _begins(each)):
-            kind = each.opcode.removesuffix("-start")
+            kind = BETWEEN_SLICES if each.opcode == "recv" else each.opcode.removesuffix("-start")
             if kind == "all-reduce" and any(other.opcode == "dynamic-slice" for _, other in inside):
                 kind = "reduce-scatter"
             count[kind] += times
             received[kind] += times * _received(kind, each, of, program.devices)
     total = sum(times * flops for (flops, *_), times in operations.items())
-    return Work({name: hbm[name] for name in CLASSES}, total, dict(count), dict(received), dict(operations))
+    moved = {name: hbm[name] for name in CLASSES}
+    return Work(moved, total, dict(count), dict(received), dict(operations), hlo.unknown_loops(program))
+
+
+def _cycles(instruction: Instruction) -> int | None:
+    cycles = int(instruction.attribute("estimated_cycles", r'":"(\d+)') or _NOT_KNOWN)
+    if cycles != _NOT_KNOWN:
+        return cycles
+    return 0 if instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv") else None
 
 
 def _class(of: Computation, instruction: Instruction, inside: list[tuple[Computation, Instruction]]) -> str:
     opcodes = {each.opcode for _, each in inside}
-    if any(_begins(each) for _, each in inside):
+    if instruction.opcode == "send" or any(_begins(each) for _, each in inside):
         return COLLECTIVES
     if opcodes & {"convolution", "dot"}:
         return PRODUCTS
@@ -99,7 +110,11 @@ def _hbm(program: Program, of: Computation, instruction: Instruction) -> int:
         case "dynamic-update-slice":
             put = operands[1][0]
             return put.hbm + (put.padded if written else 0)
-        case opcode if opcode.endswith("-start"):  # the results of which begin with the operands
+        case "send":
+            return read
+        case "recv":
+            return instruction.results[0].hbm
+        case opcode if opcode.endswith("-start") and opcode != "all-reduce-start":  # whose results begin with operands
             return read + sum(array.hbm for array in instruction.results[len(operands) :])
         case _:
             return read + written
@@ -110,8 +125,10 @@ def _hbm_of_fusion(program: Program, of: Computation, fusion: Instruction) -> in
     root = next(each for each in called.values() if each.root)
     if "AsyncCollectiveDone" in root.text:
         return 0
-    # What a collective in parts hands on from one fusion to the next.
-    handed = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.text.partition("output_to_operand_aliasing=")[2])
+    # What a collective in parts hands on from one fusion to the next; others write over what they have read.
+    in_parts = any(each.opcode.removesuffix("-start") in _COLLECTIVES for _, each in hlo.inside(program, of, fusion))
+    aliased = fusion.text.partition("output_to_operand_aliasing=")[2] if in_parts else ""
+    handed = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", aliased)
     passed = {int(result or 0) for result, _ in handed}
     given = set() if "AsyncCollectiveStart" in root.text else {int(operand) for _, operand in handed}
     total = 0
@@ -119,11 +136,17 @@ def _hbm_of_fusion(program: Program, of: Computation, fusion: Instruction) -> in
         for array in of[name].results:
             if array.hbm and number not in given:
                 total += min(array.hbm, _read(program, called, number))
-    parts = [called[name] for name in root.operands] if root.opcode == "tuple" else [root] * len(fusion.results)
-    for number, (array, part) in enumerate(zip(fusion.results, parts, strict=True)):
+    for number, (array, part) in enumerate(zip(fusion.results, _makers(called, root), strict=True)):
         if array.hbm and number not in passed:
             total += min(array.hbm, _written(called, part))
     return total
+
+
+def _makers(called: Computation, result: Instruction) -> list[Instruction]:
+    """Of each array of a result, the instruction that makes it."""
+    if result.opcode == "tuple":
+        return [maker for name in result.operands for maker in _makers(called, called[name])]
+    return [result] * len(result.results)
 
 
 def _read(program: Program, called: Computation, number: int) -> int:
@@ -159,6 +182,8 @@ def _written(called: Computation, result: Instruction) -> int:
 
 def _received(kind: str, collective: Instruction, of: Computation, devices: int) -> int:
     """Bytes: all parts but its own, and for all-reduce those of the sums as well."""
+    if collective.opcode == "recv":
+        return collective.results[0].size
     given = sum(array.size for name in collective.operands for array in of[name].results)
     size = _group(collective, devices)
     match kind:

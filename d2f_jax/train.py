@@ -185,7 +185,7 @@ def loop(
         for n in range(first, last):
             batch = next(incoming)
             if n == first:
-                watch.count_flops(chips.flops(plain_step.lower(state, frozen, batch)))
+                watch.count_flops(chips.flops(plain_step, state, frozen, batch))
                 step = step.lower(state, frozen, batch).compile()
                 watch.start_clock()
             state, metrics = step(state, frozen, batch)

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,12 @@ from d2f_jax.models.clip import CLIPTextConfig
 from d2f_jax.models.unet import UNetConfig
 from d2f_jax.models.vae import VAEConfig
 from d2f_jax.oracle import Answer, Topology
-from d2f_jax.traffic import Work
+from d2f_jax.traffic import BETWEEN_SLICES, Work
 
 MESH = sharding.make_mesh(2, 4)
+FIND = [sys.executable, "-c", "import libtpu"]
+FOUND = not subprocess.run(FIND, env=test_program.environment(), stderr=subprocess.DEVNULL).returncode
+with_the_compiler = pytest.mark.skipif(not FOUND, reason="libtpu, the TPU's compiler, is not installed")
 ADD = (Path(__file__).parent / "hlo" / "add.txt").read_text()
 
 
@@ -150,7 +156,16 @@ def test_arrays_are_those_of_the_source_or_what_is_usual(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "chips_there", "links"),
-    [("v5e:1x1", 1, 0), ("v5e:2x4", 8, 3 / 4), ("v5e:16x16", 256, 1), ("v4:2x2x1", 4, 2 / 6), ("v5p:4x4x4", 64, 1)],
+    [
+        ("v5e:1x1", 1, 0),
+        ("v5e:2x4", 8, 2 / 4),
+        ("v6e:8x8", 64, 2 / 4),
+        ("v5e:8x16", 128, 3 / 4),
+        ("v5e:16x16", 256, 1),
+        ("v4:2x2x1", 4, 2 / 6),
+        ("v5p:2x4x4", 32, 3 / 6),
+        ("v5p:4x4x8", 128, 1),
+    ],
 )
 def test_links_that_lead_to_another_chip(name: str, chips_there: int, links: float) -> None:
     assert topology(name).chips == chips_there and topology(name).links == links
@@ -164,11 +179,14 @@ def test_bounds() -> None:
         collectives={"all-gather": 1},
         received={"all-gather": 10**9},
         operations={(197 * 10**12, 0, 2 * 1_712_000_000): 1, (0, 819 * 10**9, None): 2},
+        unknown_loops=0,
     )
     found = forecast.bounds(work, topology("v5e:16x16"))
     assert found == pytest.approx({"compute": 1, "HBM": 2, "ICI": 0.005, "serial": 3.005, "estimated": 4.005})
     alone = forecast.bounds(work, topology("v5e:2x1"))  # one link of four
     assert alone["ICI"] == pytest.approx(0.02)
+    between = dataclasses.replace(work, received=work.received | {BETWEEN_SLICES: 10**12})
+    assert forecast.bounds(between, topology("v5e:16x16")) == found  # that network's speed is not known
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +195,8 @@ def fitting(model: Path) -> Plan:
     answer = Answer(12.0, 3 * 2**30, 2**30, 2**30, 2**20, ADD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "ask", lambda *_: answer)
-        patch.setattr(blueprint, "lower_train", lambda *_, **__: None)
-        patch.setattr(chips, "flops", lambda _: 3.2e12)
+        patch.setattr(blueprint, "lower_train", lambda *_: None)
+        patch.setattr(blueprint, "useful_flops", lambda *_: 3.2e12)
         return forecast.make_plan(config(model, **{"train.num_steps": 3600}), "train", topology())
 
 
@@ -198,6 +216,31 @@ def test_a_plan_that_fits(fitting: Plan) -> None:
     text = forecast.table(found)
     assert "3.00 of 15.75 GiB: fits" in text and "16 images, 2 on a chip; remat none" in text
     assert "201 MB" in text and "bound by HBM" in text and "200 GFLOP" in text
+    assert "unknown length" not in text and "ICI at best" not in text
+
+
+def test_what_a_plan_does_not_know_is_told(fitting: Plan) -> None:
+    collectives = {BETWEEN_SLICES: {"count": 2, "bytes": 10**6}}
+    seconds = fitting.seconds | {"ICI": 1e-3}
+    text = forecast.table(dataclasses.replace(fitting, unknown_loops=3, collectives=collectives, seconds=seconds))
+    rows = {name.strip(): told.strip() for _, name, told, _ in (line.split("|") for line in text.splitlines())}
+    assert rows["loops of unknown length"] == "3, counted as 1 rounds"
+    assert rows["2 x exchange between slices"] == "1 MB come in, over a network whose speed is not known here"
+    assert ", ICI at best;" in rows["one operation after another"] and "ICI" not in rows["at least"]
+
+
+@pytest.mark.parametrize(("ensemble", "rows"), [(1, 8), (10, 40)])
+def test_an_ensemble_makes_more_rows_not_more_images(
+    model: Path, monkeypatch: pytest.MonkeyPatch, ensemble: int, rows: int
+) -> None:
+    monkeypatch.setattr(oracle, "ask", lambda *_: Answer(12.0, 3 * 2**30, 2**30, 2**30, 2**20, ADD))
+    monkeypatch.setattr(blueprint, "lower_sampler", lambda *_: None)
+    made = config(model, **{"eval.batch_size": 4, "eval.depth.ensemble": ensemble, "task.name": "image_to_depth"})
+    found = forecast.make_plan(made, "sample", topology())
+    assert (found.batch_size, found.rows) == (4, rows)
+    assert found.times()["serial"]["images_per_second_per_chip"] == pytest.approx(4 * 819e9 / (3 * 2**26) / 8)
+    assert "\n--batch_size=4\n" in plan.choices([found], topology())
+    assert f", {rows // 8} on a chip;" in forecast.table(found)
 
 
 def test_a_plan_that_does_not_fit(fitting: Plan) -> None:
@@ -214,6 +257,11 @@ def test_what_no_run_could_have_is_refused(model: Path) -> None:
         forecast.make_plan(config(model, **{"data.image_size": 15}), "train", topology())
     with pytest.raises(InputError, match="dopri5 takes as many steps as it needs"):
         forecast.make_plan(config(model, **{"eval.sampler": "dopri5"}), "sample", topology())
+    with pytest.raises(InputError, match=r"step_counts=\(4, 1001\): the model has 1000 timesteps; give fewer"):
+        forecast.make_plan(config(model, **{"eval.step_counts": (4, 1001)}), "train", topology())
+    naive = {"objective.name": "flow_matching", "eval.sampler": "ddim"}
+    with pytest.raises(InputError, match="ddim"):
+        forecast.make_plan(config(model, **naive), "train", topology())
 
 
 @pytest.mark.parametrize("start", [1, 4, 64])
@@ -255,15 +303,48 @@ def test_search_tells_the_fastest_first(
 
 def test_what_the_compiler_said_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "1")
-    monkeypatch.setattr(oracle, "_OPTIONS", {})  # are those of the TPU's compiler, and this one is the CPU's
     lowered = jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32))
     first = oracle.ask(lowered, topology(), tmp_path)
     assert first.fits and first.arguments == 64 and "multiply" in first.hlo
-    monkeypatch.setattr(oracle, "_compiled", lambda _: Answer(0.0, 1, 1, 1, 1, "again"))
+    monkeypatch.setattr(oracle, "_asked", lambda _: Answer(0.0, 1, 1, 1, 1, "again"))
     assert oracle.ask(lowered, topology(), tmp_path) == first
     assert oracle.ask(lowered, topology("v6e:2x4"), tmp_path).hlo == "again"
-    monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "2")
-    assert oracle.ask(lowered, topology(), tmp_path).hlo == "again"
+    tpu = dataclasses.replace(topology().tpu, options={"chip_config_name": "megacore"})
+    assert oracle.ask(lowered, dataclasses.replace(topology(), tpu=tpu), tmp_path).hlo == "again"
+    for where, name, changed in (
+        (oracle.importlib.metadata, "version", lambda _: "2"),
+        (oracle, "_MEANING", oracle._MEANING + 1),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, name, changed)
+            assert oracle.ask(lowered, topology(), tmp_path).hlo == "again"
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:40], lambda b: b[:30] + bytes(20) + b[50:]])
+def test_a_damaged_answer_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "1")
+    monkeypatch.setattr(oracle, "_asked", lambda _: Answer(0.0, 1, 1, 1, 1, "text"))
+    lowered = jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32))
+    first = oracle.ask(lowered, topology(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert oracle.ask(lowered, topology(), tmp_path) == first
+
+
+def test_a_compiler_that_does_not_know_the_option_is_asked_without() -> None:
+    """As this machine's own does not."""
+    compiled = oracle.compiled(jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32)))
+    np.testing.assert_array_equal(compiled(np.ones((4, 4), np.float32)), 2)
+
+
+@dataclasses.dataclass
+class Failing:
+    text: str
+
+    def compile(self, options: dict) -> None:
+        raise JaxRuntimeError(self.text)
 
 
 @pytest.mark.parametrize(
@@ -274,17 +355,22 @@ def test_what_the_compiler_said_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_a_lack_of_memory_is_an_answer(message: str) -> None:
-    @dataclasses.dataclass
-    class Failing:
-        text: str
-
-        def compile(self, options: dict) -> None:
-            raise JaxRuntimeError(self.text)
-
-    answer = oracle._compiled(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
+    answer = oracle._asked(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
     assert not answer.fits and answer.needs == int(17.94 * 2**30)
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
-        oracle._compiled(Failing("INTERNAL: it broke"))  # pyright: ignore
+        oracle._asked(Failing("INTERNAL: it broke"))  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space vmem. Used 256.00M of 128.00M vmem. The operand is in hbm: 17.94G.",
+        "Allocation (size=268435456) would exceed memory (size=134217728) :: [space=vmem, tag = 'from hbm']",
+    ],
+)
+def test_a_lack_of_another_memory_is_not_told_as_one_of_hbm(message: str) -> None:
+    with pytest.raises(InputError, match="no room in a memory that is not HBM"):
+        oracle._asked(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
 
 
 def test_a_missing_compiler_and_a_topology_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,12 +382,21 @@ def test_a_missing_compiler_and_a_topology_that_is_not_known(monkeypatch: pytest
         oracle.topology("v5e:2x2")
 
 
+def test_a_broken_compiler_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libtpu.py").write_text(f"def get_library_path():\n    return {str(tmp_path / 'libtpu.so')!r}\n")
+    (tmp_path / "libtpu.so").write_text("no library")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))  # where JAX looks first
+    done = test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", "--topology=v5e:2x2")
+    assert "libtpu, the TPU's compiler, is broken or does not go with jax" in test_program.refused(done)
+
+
 def test_the_program_refuses_in_one_line() -> None:
     done = test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", "--topology=v9:2x2")
     assert "--topology=v9:2x2 is unknown" in test_program.refused(done) and not done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+@with_the_compiler
 def test_the_compiler_itself(model: Path) -> None:
     """The small model for four chips: the compiler takes a minute."""
     options = ["--topology=v5e:2x2", f"--config.model={model}", "--config.data.image_size=16", "--json"]
@@ -315,5 +410,39 @@ def test_the_compiler_itself(model: Path) -> None:
         test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", *options, "--batch_size=9")
     )
     for shape in ("v5e:3x5", "v5e:0x2"):
-        with pytest.raises(InputError, match=f"--topology={shape}: no shape of 1 slices .*; give another"):
-            oracle.topology(shape)
+        refused = test_program.refused(
+            test_program.start("d2f_jax.plan", "--config=configs/quickstart.py", f"--topology={shape}")
+        )
+        assert f"--topology={shape}: no shape of 1 slices" in refused and refused.endswith("; give another")
+
+
+ASK = """
+import json, re, sys
+from d2f_jax import oracle, sharding
+oracle.prepare()
+import jax
+import jax.numpy as jnp
+
+for name, slices in json.load(sys.stdin):
+    where = oracle.topology(name, slices)
+    one = jax.sharding.SingleDeviceSharding(where.devices[0])
+    factor = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=one)
+    text = oracle.compiled(jax.jit(jnp.matmul).lower(factor, factor)).as_text() if slices == 1 else ""
+    (cycles,) = re.findall(r'estimated_cycles":"(\\d+)', text) or [0]
+    mesh = sharding.make_mesh(-1, 2, where.devices)
+    print(json.dumps([where.devices[0].device_kind, where.chips, mesh.size, int(cycles)]))
+"""
+
+
+@with_the_compiler
+def test_topologies_of_each_generation_and_the_scale_of_their_cycles() -> None:
+    asked = [("v4:2x2x1", 1), ("v5e:2x2", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("tpu7x:2x2x1", 1), ("v6e:2x2", 2)]
+    command, told = [sys.executable, "-c", ASK], {"text": True, "capture_output": True, "check": True}
+    answer = subprocess.run(command, input=json.dumps(asked), env=test_program.environment(), timeout=300, **told)
+    for (name, slices), line in zip(asked, answer.stdout.splitlines(), strict=True):
+        kind, count, devices, cycles = json.loads(line)
+        tpu = chips.TPUS[name.partition(":")[0]]
+        assert kind in tpu.kinds and count == 4 * slices and devices == count * tpu.devices
+        if slices == 1:  # cycles of a product at the peak
+            at_peak = 2 * 8192**3 / (tpu.tflops / tpu.devices * 1e12) * tpu.cycles * 1e9
+            assert cycles == pytest.approx(at_peak, rel=1e-3)

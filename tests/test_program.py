@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(xla_flags: str = "", **more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags, **more}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": xla_flags, **more}
 
 
 def start(*arguments: str, cwd: Path = ROOT, xla_flags: str = "") -> subprocess.CompletedProcess[str]:

@@ -81,6 +81,15 @@ def test_sizes_that_the_devices_do_not_have(data: int, fsdp: int) -> None:
     assert f"config.mesh.data={data}, config.mesh.fsdp={fsdp} " in said and "8 devices" in said and "\n" not in said
 
 
+def test_devices_that_cannot_be_laid_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 8")
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(InputError, match=r"fsdp=8 cannot be laid over the network of 8 devices \(Failed to find"):
+        sharding.make_mesh(1, 8)
+
+
 def test_a_mesh_of_some_devices() -> None:
     devices = jax.devices()[2:6]
     assert set(sharding.make_mesh(2, 2, devices).devices.flat) == set(devices)

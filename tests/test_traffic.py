@@ -1,6 +1,7 @@
 """Bytes, FLOPs and collectives of optimised programs whose traffic is known.
 
 tests/hlo holds what libtpu 0.0.42 makes of such programs for v5e:2x2, without what only says where it comes from.
+between_slices is of two of them.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from d2f_jax import hlo, traffic
-from d2f_jax.traffic import COLLECTIVES, COPIES, ELEMENTWISE, MOVES, PRODUCTS, Work
+from d2f_jax.traffic import BETWEEN_SLICES, COLLECTIVES, COPIES, CUSTOM, ELEMENTWISE, MOVES, PRODUCTS, Work
 
 HLO = Path(__file__).parent / "hlo"
 MB = 2**20
@@ -53,6 +54,21 @@ def test_flops_of_a_tpu_program() -> None:
     assert recorded("add").flops == 0
 
 
+def test_fused_attention_counts_what_its_kernels_multiply() -> None:
+    """The gradient of 2 x 4 heads of 2048 queries and keys, 64 wide: two products forward, five backward."""
+    work, product = recorded("splash"), 2 * 8 * 2048 * 2048 * 64
+    assert work.flops == 7 * product
+    kernels = {flops: cycles for flops, _, cycles in work.operations if flops}
+    assert kernels == {2 * product: None, 5 * product: None}  # of which the compiler tells no cycles
+    assert moved(work)[CUSTOM] == 5 * 2 * 1024 * 128 * 4  # the room in which they work; all else is in VMEM
+
+
+def test_instructions_of_several_lines_are_read_to_their_end() -> None:
+    program = hlo.parse((HLO / "splash.txt").read_text())
+    kernels = [each for each in program.computations[program.entry].values() if each.name.startswith("splash_mha")]
+    assert len(kernels) == 2 and all("backend_config" in each.text for each in kernels)
+
+
 @pytest.mark.parametrize(("name", "options", "rounds"), [("loop", {}, 5), ("dynamic_loop", {"unknown_trips": 7}, 7)])
 def test_a_loop_counts_as_often_as_it_runs(name: str, options: dict[str, int], rounds: int) -> None:
     work = recorded(name, **options)
@@ -63,8 +79,14 @@ def test_cycles_are_the_compilers_own() -> None:
     assert recorded("add").operations == {(0, 3 * 64 * MB, 641_888): 1}
     ((_, times),) = (each for each in recorded("loop").operations.items() if each[0][2] and each[1] > 1)
     assert times == 5
-    text = (HLO / "add.txt").read_text().replace("641888", str(2**63 - 1))
-    assert traffic.work(hlo.parse(text)).operations == {(0, 3 * 64 * MB, None): 1}
+    text = (HLO / "add.txt").read_text()
+    for not_known in (text.replace("641888", str(2**63 - 1)), text.partition(", backend_config")[0] + "\n}\n"):
+        assert traffic.work(hlo.parse(not_known)).operations == {(0, 3 * 64 * MB, None): 1}
+    assert recorded("product").operations == {(2**38, 96 * MB, 2_150_056): 1, (0, 64 * MB, 0): 1}
+
+
+def test_a_loop_whose_length_is_not_told_is_named() -> None:
+    assert recorded("dynamic_loop").unknown_loops == 1 and recorded("loop").unknown_loops == 0
 
 
 def test_a_gather_in_parts_beside_products_counts_once() -> None:
@@ -84,6 +106,33 @@ def test_a_sum_of_which_each_keeps_a_part_is_no_whole_all_reduce() -> None:
     work = recorded("scatter")
     assert work.collectives == {"reduce-scatter": 1} and work.received == {"reduce-scatter": 6 * MB}
     assert work.hbm[COLLECTIVES] == 2 * MB  # the part that is kept; what was summed is in VMEM
+
+
+def test_what_slices_exchange_is_apart() -> None:
+    """A gradient [1024, 1024] is summed in each slice, a quarter on each of four chips; over both; and gathered."""
+    work, part = recorded("between_slices"), 1 * MB
+    assert work.received == {"reduce-scatter": 3 * part, BETWEEN_SLICES: part, "all-gather": 3 * part}
+    assert work.hbm[COLLECTIVES] == 4 * part  # it is left by one, read by the next, twice; all else is in VMEM
+
+
+@pytest.mark.parametrize(
+    ("kind", "results", "bytes_moved"),
+    [
+        ("all-reduce", "f32[100]{0}, f32[50]{0}", 2 * 600),
+        ("all-gather", "(f32[100]{0}, f32[50]{0}), (f32[800]{0}, f32[400]{0})", 9 * 600),
+    ],
+)
+def test_a_collective_beside_other_work_reads_and_writes(kind: str, results: str, bytes_moved: int) -> None:
+    text = f"""HloModule m, num_partitions=8
+
+ENTRY %main (a: f32[100], b: f32[50]) -> f32[] {{
+  %a = f32[100]{{0}} parameter(0)
+  %b = f32[50]{{0}} parameter(1)
+  ROOT %r = ({results}) {kind}-start(%a, %b), channel_id=1, replica_groups={{}}, dimensions={{0}}
+}}
+"""
+    work = traffic.work(hlo.parse(text))
+    assert moved(work) == {COLLECTIVES: bytes_moved} and work.collectives == {kind: 1}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +215,28 @@ def test_an_update_in_place_moves_what_it_puts() -> None:
     assert sum(work.hbm.values()) == 2 * 4 * 2 * 256
 
 
+def test_a_fusion_that_writes_over_what_it_read_moves_both() -> None:
+    """And its results may stand in tuples within a tuple."""
+    text = """HloModule m
+
+%twice (p: f32[100], q: f32[100]) -> (f32[100], (f32[100])) {
+  %p = f32[100]{0} parameter(0)
+  %q = f32[100]{0} parameter(1)
+  %c = f32[100]{0} negate(%p)
+  %d = f32[100]{0} negate(%q)
+  %e = (f32[100]{0}) tuple(%d)
+  ROOT %t = (f32[100]{0}, (f32[100]{0})) tuple(%c, %e)
+}
+
+ENTRY %main (a: f32[100], b: f32[100]) -> (f32[100], (f32[100])) {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[100]{0} parameter(1)
+  ROOT %r = (f32[100]{0}, (f32[100]{0})) fusion(%a, %b), output_to_operand_aliasing={{0}: (0, {})}, calls=%twice
+}
+"""
+    assert moved(traffic.work(hlo.parse(text))) == {ELEMENTWISE: 4 * 400}
+
+
 def test_every_branch_of_a_conditional_counts() -> None:
     text = """HloModule m
 
@@ -182,7 +253,9 @@ def test_every_branch_of_a_conditional_counts() -> None:
 ENTRY %main (i: s32[], a: f32[100]) -> f32[100] {
   %i = s32[] parameter(0)
   %a = f32[100]{0} parameter(1)
-  ROOT %r = f32[100]{0} conditional(%i, %a, %a), branch_computations={%once, %same}, metadata={op_name="%none"}
+  ROOT %r = f32[100]{0} conditional(%i, %a, %a), branch_computations={%once, %same}, control-predecessors={%a}
 }
 """
     assert moved(traffic.work(hlo.parse(text))) == {ELEMENTWISE: 800, COPIES: 800}
+    of_two = text.replace("branch_computations={%once, %same}", "true_computation=%once, false_computation=%same")
+    assert moved(traffic.work(hlo.parse(of_two))) == {ELEMENTWISE: 800, COPIES: 800}

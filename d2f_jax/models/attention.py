@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 Backend = Literal["xla", "cudnn", "splash"]
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_UNFUSED: Any = jax.make_user_context(False)  # a function that was traced is traced again within
 FUSED = "fused attention"
 """Name of the splash kernel's results under `jax.checkpoint`."""
 _FEW = 1024  # tokens; scores of fewer are small, and XLA fuses their softmax into the products
@@ -31,6 +32,11 @@ def split_over(mesh: Mesh | None) -> Iterator[None]:
         yield
     finally:
         _MESH.reset(token)
+
+
+def unfused() -> contextlib.AbstractContextManager[None]:
+    """Within it `"auto"` is XLA's attention: its operations are counted, those of a fused kernel are not."""
+    return _UNFUSED(True)
 
 
 def attention(
@@ -56,7 +62,7 @@ def attention(
 def _chosen(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, is_causal: bool) -> Backend:
     mesh, length, width = _MESH.get(), q_BxLxNxD.shape[1], q_BxLxNxD.shape[3]
     half = q_BxLxNxD.dtype in (jnp.bfloat16, jnp.float16)
-    if mesh is None or not half or length < _FEW:
+    if _UNFUSED.value or mesh is None or not half or length < _FEW:
         return "xla"
     match mesh.devices.flat[0].platform:
         # Head widths over 128 need Hopper; Stable Diffusion 1.x has 160 at its coarsest, where there are few tokens.

@@ -219,24 +219,24 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
     if case.work == "train":
         step = steps.make_train_step(networks, pipeline.schedule, optimizer, options, mesh)
         state, frozen = prior.place(mesh, trained, frozen, optimizer, key)
-        lowered = step.lower(state, frozen, batch)
-        compiled = lowered.compile()
+        compiled = step.lower(state, frozen, batch).compile()
+        flops = chips.flops(step, state, frozen, batch)
         holder = {"state": state}
 
         def train() -> None:
             holder["state"], _ = compiled(holder["state"], frozen, batch)
             jax.block_until_ready(holder["state"])
 
-        return train, memory, facts | {"flops": chips.flops(lowered)}
+        return train, memory, facts | {"flops": flops}
     loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
     draws = steps.draw(key, options.objective.times, networks, frozen, batch)
 
     def total(trained: Any) -> jax.Array:
         return loss(steps.unet_params(trained, None, 1.0), frozen, batch, draws).mean()
 
-    lowered = jax.jit(jax.value_and_grad(total)).lower(trained)
-    gradient = lowered.compile()
-    return lambda: jax.block_until_ready(gradient(trained)), memory, facts | {"flops": chips.flops(lowered)}
+    jitted = jax.jit(jax.value_and_grad(total))
+    gradient = jitted.lower(trained).compile()
+    return lambda: jax.block_until_ready(gradient(trained)), memory, facts | {"flops": chips.flops(jitted, trained)}
 
 
 def diffusers(name: str, folder: Path, case: Case) -> Contender:

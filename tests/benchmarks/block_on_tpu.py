@@ -5,20 +5,25 @@
 
 The gradient at Stable Diffusion 2.1's finest level at 512 pixels: 64 x 64 latents, 320 channels, batch 4, bfloat16, on
 one chip. XLA's attention and the fused one, and what `config.remat` keeps: nothing, elementwise, or everything (of both
-kinds of blocks) is computed again. A minute or two each; README.md has the table.
+kinds of blocks) is computed again. A minute or two each; the record goes to results/benchmarks/block_on_tpu.json.
 """
 
+import importlib.metadata
+import json
 import sys
+import time
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from d2f_jax import hlo, oracle, report, sharding, traffic
+from d2f_jax import hlo, oracle, sharding, traffic
 from d2f_jax.models.attention import split_over
 from d2f_jax.models.layers import Build, Recompute, ResnetBlock2D, Transformer2DModel, in_compute_dtype
 
+FILE = Path(__file__).parents[2] / "results" / "benchmarks" / "block_on_tpu.json"
 BATCH, SIDE, WIDTH, TEXT, TOKENS, TIME = 4, 64, 320, 1024, 77, 1280
 Attention = Literal["xla", "splash"]
 
@@ -28,13 +33,17 @@ def main() -> None:
     where = oracle.topology(sys.argv[1])
     mesh, rows = sharding.make_mesh(devices=list(where.devices)[:1]), []
     for attention, recompute in [("xla", "nothing"), *(("splash", what) for what in get_args(Recompute))]:
-        compiled = lowered(mesh, attention, recompute).compile()
+        compiled = oracle.compiled(lowered(mesh, attention, recompute))
         memory: Any = compiled.memory_analysis()
         work = traffic.work(hlo.parse(compiled.as_text() or ""))
-        cells = [f"{memory.temp_size_in_bytes / 2**20:.0f} MiB", f"{sum(work.hbm.values()) / 1e9:.2f} GB"]
-        rows.append([attention, recompute, *cells, f"{work.flops / 1e9:.0f}"])
-        print(*rows[-1], flush=True)
-    print(report.markdown_table(["attention", "recomputed", "temporaries", "HBM traffic", "GFLOP"], rows))
+        row = {"attention": attention, "recomputed": recompute, "temporaries": memory.temp_size_in_bytes}
+        rows.append(row | {"hbm": sum(work.hbm.values()), "flops": work.flops})
+        print(rows[-1], flush=True)
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
+    record = {"topology": where.name, "rows": rows, "versions": versions}
+    record |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    FILE.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def lowered(mesh: jax.sharding.Mesh, attention: Attention, recompute: Recompute) -> jax.stages.Lowered:

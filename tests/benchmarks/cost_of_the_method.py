@@ -14,17 +14,17 @@ from pathlib import Path
 import jax
 
 from configs import text_to_image
-from d2f_jax import blueprint, chips, sharding
+from d2f_jax import blueprint
 
 ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    mesh, counted = sharding.make_mesh(devices=jax.devices()[:1]), {}
+    counted = {}
     for objective in text_to_image.OBJECTIVES:
         config = text_to_image.get_config(f"{objective}:array_record:PREPARED")
         config.train.batch_size = 1
-        counted[objective] = chips.flops(blueprint.lower_train(config, blueprint.load(config), mesh, plain=True))
+        counted[objective] = blueprint.useful_flops(config, blueprint.load(config))
         print(f"{objective}: {counted[objective]:.0f} FLOPs", flush=True)
     record = {"flops": counted, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     file = ROOT / "results" / "benchmarks" / "cost_of_the_method.json"

@@ -108,8 +108,8 @@ def size() -> list[dict[str, Any]]:
     rows = []
     for batch in (1, 4, 16):
         for form, preset, trained in cases(FULL, params):
-            lowered = gradient(graphdef, form).lower(trained, *arguments(params, FULL, batch, 64))
-            row = {"form": form, "preset": preset, "batch": batch, "flops": chips.flops(lowered)}
+            flops = chips.flops(gradient(graphdef, form), trained, *arguments(params, FULL, batch, 64))
+            row = {"form": form, "preset": preset, "batch": batch, "flops": flops}
             print(row, flush=True)
             rows.append(row)
     return rows

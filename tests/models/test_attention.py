@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from d2f_jax import sharding
+from d2f_jax import chips, sharding
 from d2f_jax.models import attention as module
 from d2f_jax.models.attention import attention, split_over
 from d2f_jax.models.layers import Build, Recompute, Transformer2DModel
@@ -71,6 +71,18 @@ def test_a_backend_is_chosen_by_device_and_shape(monkeypatch, platform, shape, k
     assert module._chosen(q, k, is_causal=False) == "xla"  # where it is not said how rows are split
     monkeypatch.setattr(module, "_MESH", types.SimpleNamespace(get=lambda: mesh))
     assert module._chosen(q, k, is_causal=False) == chosen
+
+
+def test_operations_are_counted_the_same_where_a_fused_kernel_is_chosen(monkeypatch) -> None:
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))
+    of = [jax.ShapeDtypeStruct((2, 1024, 2, 64), "bfloat16")] * 3
+    xla = chips.flops(jax.jit(lambda *of: attention(*of, backend="xla")), *of)
+    monkeypatch.setattr(module, "_MESH", types.SimpleNamespace(get=lambda: mesh))
+    monkeypatch.setattr(module, "_splash_over_mesh", lambda q, *_: q)  # whose operations are not seen
+    jitted = jax.jit(lambda *of: attention(*of))
+    assert "dot_general" not in jitted.lower(*of).as_text()
+    assert chips.flops(jitted, *of) == xla and xla is not None and xla > 4 * 4 * 1024**2 * 64
+    assert "dot_general" not in jitted.lower(*of).as_text()
 
 
 @pytest.mark.parametrize("what", get_args(Recompute))
