@@ -6,10 +6,8 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
-from d2f_jax import blueprint, hlo, oracle, program, report, settings, sharding, traffic
-from d2f_jax.blueprint import Blueprint
+from d2f_jax import blueprint, hlo, oracle, prior, program, report, settings, sharding, traffic
 from d2f_jax.errors import InputError
 from d2f_jax.oracle import Answer, Topology
 from d2f_jax.program import Config
@@ -87,7 +85,8 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
     networks = {name: nnx.state(getattr(drawn.pipeline, name)) for name in ("unet", "vae", "text_encoder")}
     parameters = {name: _count(params) for name, params in networks.items()}
     if train:
-        _check_training(config, drawn, mesh)
+        settings.check(config, mesh)  # what training refuses before, and after it has loaded the model
+        prior.check_steps(drawn.pipeline, config)
         parameters["trained"] = _count(blueprint.parameters(config, drawn)[1])
         useful = blueprint.useful_flops(config, drawn)
         size = rows = config.train.batch_size
@@ -177,15 +176,6 @@ def verdict(plan: Plan) -> str:
     if plan.fits:
         return f"{needs:.2f} of {usable:.2f} GiB: fits"
     return f"{needs:.2f} of {usable:.2f} GiB: does not fit, by {needs - usable:.2f} GiB at least"
-
-
-def _check_training(config: Config, drawn: Blueprint, mesh: Mesh) -> None:
-    """Raises InputError for what training refuses, before or after it has loaded the model."""
-    settings.check(config, mesh)
-    if max(config.eval.step_counts) > (most := drawn.pipeline.schedule.num_train_timesteps):
-        raise InputError(
-            f"config.eval.step_counts={config.eval.step_counts}: the model has {most} timesteps; give fewer"
-        )
 
 
 def _memory(answer: Answer, where: Topology) -> dict[str, int]:
