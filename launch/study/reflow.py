@@ -253,9 +253,11 @@ def _lines(size: Size) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def _draw(known: Known, file: Path, steps: list[str]) -> None:
-    figure, axis = numbers.plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = numbers.plt.subplots(figsize=(10, 5), layout="constrained")
     lines = [(label, {n: known.of(cell, *path, n, FRECHET) for n in steps}) for label, cell, path in _lines(known.size)]
     numbers.curves(axis, lines, steps, logarithmic=True)
+    if axis.get_legend() is not None:  # beside the lines, of which there are too many to leave it room
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_xlabel("steps of the sampler")
     axis.set_ylabel("Fréchet distance")
     numbers.save(figure, file)

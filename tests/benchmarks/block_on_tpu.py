@@ -31,6 +31,7 @@ Attention = Literal["xla", "splash"]
 def main() -> None:
     oracle.prepare()
     where = oracle.topology(sys.argv[1])
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     mesh, rows = sharding.make_mesh(devices=list(where.devices)[:1]), []
     for attention, recompute in [("xla", "nothing"), *(("splash", what) for what in get_args(Recompute))]:
         compiled = oracle.compiled(lowered(mesh, attention, recompute))
@@ -39,11 +40,10 @@ def main() -> None:
         row = {"attention": attention, "recomputed": recompute, "temporaries": memory.temp_size_in_bytes}
         rows.append(row | {"hbm": sum(work.hbm.values()), "flops": work.flops})
         print(rows[-1], flush=True)
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
-    record = {"topology": where.name, "rows": rows, "versions": versions}
-    record |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"topology": where.name, "rows": rows, "versions": versions}
+        record |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        FILE.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def lowered(mesh: jax.sharding.Mesh, attention: Attention, recompute: Recompute) -> jax.stages.Lowered:
