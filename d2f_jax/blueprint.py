@@ -173,8 +173,7 @@ def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) 
     noise = jax.eval_shape(lambda: pipeline.noise(0, count, *size))
     keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
     pictures = jax.ShapeDtypeStruct((count, *size, 3), jnp.uint8) if depth else None
-    at_noise = pipeline.task.start == "noise"
-    grid = sampler.grid(pipeline.schedule, pipeline.alignment, pipeline.scheduler_config, num_steps, at_noise=at_noise)
+    grid = pipeline.grid(sampler, num_steps)
     guided = config.eval.guidance_scale != 1 and not depth
     program = make_program(pipeline.model, mesh, sampler.compiled_for, "sample", guided)
     frozen, trained = parameters(config, drawn)
@@ -186,7 +185,7 @@ def lower_sampler(config: Config, drawn: Blueprint, mesh: Mesh, num_steps: int) 
 
 
 def rows_drawn(config: Config, mesh: Mesh) -> int:
-    """Of `config.eval.batch_size` pictures, filled up to the same number for every device."""
+    """For `config.eval.batch_size` pictures, filled up to the same number for every device."""
     count = config.eval.batch_size * estimates(config)
     return count + -count % mesh.size
 

@@ -43,7 +43,8 @@ def contenders(prior: Pipeline, finetuned: Pipeline, objective: ObjectiveName, s
     is drawn of the prior by DDIM.
     """
     came = dataclasses.replace(prior, alignment=recorded_alignment(prior.scheduler_config), _programs={})
-    ddim, ddim_on_flow_grid = Sampler("ddim"), Sampler("ddim_on_flow_grid", shift=sampler.shift)
+    ddim = sampler if sampler.name == "ddim" else Sampler("ddim")
+    ddim_on_flow_grid = Sampler("ddim_on_flow_grid", shift=sampler.shift)
     rows = [
         Contender("prior, DDIM", came, ddim),
         Contender("prior, DDIM\non the flow grid", came, ddim_on_flow_grid),

@@ -42,7 +42,7 @@ from d2f_jax.measures import Gathered, Judges, scores
 from d2f_jax.metrics import DepthErrors, DepthProtocol, DepthSpace
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.subjects import UNMEASURED, draw_captions
+from d2f_jax.subjects import draw_captions
 from d2f_jax.subjects import shown as shown_depth
 
 Found = dict[int, dict[str, float]]
@@ -95,11 +95,6 @@ def evaluate(
     Raises InputError for what cannot be judged.
     """
     settings.check_values(config)
-    if config.eval.sampler == "dopri5" and len(config.eval.step_counts) > 1:
-        raise InputError(
-            f"config.eval.step_counts={config.eval.step_counts}: dopri5 takes as many steps as its tolerances ask for, "
-            "each time; give one number, as (1,)"
-        )
     mesh, of_depth = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), datasets.of_depth(config)
     if of_depth and (inception or clip or kid):
         raise InputError("--inception, --kid and --clip judge pictures, and this config tells depth; leave them out")
@@ -119,8 +114,8 @@ def evaluate(
         told = picture_scores(config, pipeline, data.reading(count), count, judges)
     if distributed.is_main():
         judged_by = {"depth": protocol} if of_depth else {"inception": inception, "clip": clip}
-        with_lora = {"lora": lora} | ({"lora_scale": lora_scale} if lora else {})
-        write(config, folder, told, settled(config, pipeline, told) | with_lora | {"judged_by": judged_by})
+        adapters = {"lora": lora} | ({"lora_scale": lora_scale} if lora else {})
+        write(config, folder, told, settled(config, pipeline, told) | adapters | {"judged_by": judged_by})
     distributed.barrier("evaluated")
     return told.found
 
@@ -245,7 +240,9 @@ def check_measured(protocol: DepthProtocol, example: Example) -> None:
     except ValueError:  # of which `measured_pair` tells more
         return
     if not counts:
-        raise InputError(UNMEASURED)
+        raise InputError(
+            "no pixel of its depth counts by this protocol; leave it out, or set config.data.on_damage=skip"
+        )
 
 
 def own_mask(protocol: DepthProtocol, depth: np.ndarray) -> np.ndarray | None:

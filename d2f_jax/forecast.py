@@ -84,9 +84,9 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
     drawn, train = blueprint.load(config), kind == "train"
     networks = {name: nnx.state(getattr(drawn.pipeline, name)) for name in ("unet", "vae", "text_encoder")}
     parameters = {name: _count(params) for name, params in networks.items()}
+    prior.check_steps(drawn.pipeline, config)
     if train:
-        settings.check(config, mesh)  # what training refuses before, and after it has loaded the model
-        prior.check_steps(drawn.pipeline, config)
+        settings.check(config, mesh)
         parameters["trained"] = _count(blueprint.parameters(config, drawn)[1])
         useful = blueprint.useful_flops(config, drawn)
         size = rows = config.train.batch_size
@@ -195,7 +195,9 @@ def _work_rows(plan: Plan, each: str) -> list[list[str]]:
         between = ", over a network whose speed is not known here" if kind == traffic.BETWEEN_SLICES else ""
         rows.append([f"{found['count']} x {kind}", f"{_quantity(found['bytes'], 'B')} come in{between}"])
     if plan.unknown_loops:
-        rows.append(["loops of unknown length", f"{plan.unknown_loops}, counted as {plan.sampler_steps or 1} rounds"])
+        rows.append(
+            ["loops of unknown length", f"{plan.unknown_loops}, of {plan.sampler_steps or 1} rounds as counted"]
+        )
     return rows
 
 

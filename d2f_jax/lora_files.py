@@ -120,15 +120,14 @@ def export(
     *,
     scale: float,
     layout: Layout = "peft",
-    how: Learned = _USUAL,
+    how: Learned | None = None,
 ) -> Path | None:
     """Writes what is a LoRA for diffusers' `pipe.load_lora_weights(FILE)`, on the base `params`.
 
-    `learned` reads back `how`, which diffusers does not ask for.
-
     What is none, fully trained biases and norms, goes beside it, and has to be put in place first:
     `pipe.unet.load_state_dict(load_file(...), strict=False)`. Returns that file, or None if there is nothing of the
-    kind. Raises InputError for conditional adapters, which neither format knows.
+    kind. `how`, which diffusers does not ask for, `learned` reads back. Raises InputError for conditional adapters,
+    which neither format knows.
     """
     file, base = Path(file), lora.flatten(params)
     pairs, rest = {}, {}
@@ -154,7 +153,7 @@ def export(
         tensors[down], tensors[up] = _torch(a), _torch(b)
         if layout == "kohya":
             tensors[_alpha(down)] = np.float32(rank)
-    _write(file, tensors, {"format": "pt"} | _told(how))
+    _write(file, tensors, {"format": "pt"} | ({} if how is None else _told(how)))
     beside = file.with_name(f"{file.stem}.biases_and_norms.safetensors")
     if not rest:
         beside.unlink(missing_ok=True)

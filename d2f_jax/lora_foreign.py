@@ -152,7 +152,7 @@ def _config(file: Path, metadata: Mapping[str, str], network: Network, *, by_pef
         else:
             told = json.loads(metadata.get(_METADATA) or "{}")
             config = {key.partition(".")[2]: value for key, value in told.items() if key.startswith(f"{network}.")}
-        if not config:
+        if not config and not by_peft:
             return None
         patterns = {key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
         for key in patterns:
@@ -162,7 +162,7 @@ def _config(file: Path, metadata: Mapping[str, str], network: Network, *, by_pef
         raise InputError(
             f"{file}: PEFT has written {_PEFT_CONFIG} beside it, which tells its scale; bring it"
         ) from error
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, OSError, TypeError, ValueError, re.error) as error:
         raise InputError(f"{file}: its {what} cannot be read ({error}); save it again") from error
     if str(beginning := config.get("init_lora_weights", True)).lower() not in _KEEP_THE_BASE:
         raise InputError(

@@ -44,7 +44,9 @@ class Objective:
         if self.min_snr_gamma and self.norm != "l2":
             raise InputError(f"min_snr_gamma={self.min_snr_gamma} weighs squared errors; use 0 for norm={self.norm!r}")
         if self.times.begin == "last_timestep" and not (self.name == "diff2flow" and self.alignment.complete):
-            raise InputError("times that begin at the last timestep's are of diff2flow, all aligned; begin at zero")
+            raise InputError(
+                "times that begin at the last timestep's are of diff2flow, all aligned; set config.objective.begin=zero"
+            )
 
 
 def first_time(objective: Objective, schedule: NoiseSchedule) -> float:

@@ -141,9 +141,9 @@ class Pipeline:
         return dataclasses.replace(self, **networks, adapters=adapters, mesh=mesh, _programs={})
 
     def with_lora(self, file: str | Path, *, scale: float = 1.0) -> "Pipeline":
-        """The same pipeline with adapters in it, at `scale` times their own; a run's, PEFT's or kohya's file.
+        """The same pipeline with adapters in it, at `scale` times their own; of a run, PEFT, diffusers or kohya.
 
-        Of the latter two the text encoder may have adapters as well as the UNet. What was trained fully replaces the
+        In all but a run's the text encoder may have adapters as well as the UNet. What was trained fully replaces the
         base at any scale. A run's files tell the task, the alignment and the noise schedule, too, with which its
         adapters were trained. Raises InputError for a file that does not fit, or has learned what this model cannot do.
         """

@@ -44,7 +44,14 @@ def main() -> None:
     if given.model is not None:
         given.config.model = given.model
     options = prepare.Options(latents="mean", shard_size=given.shard_size, batch_size=given.batch_size)
-    manifest = reflow(given.config, Path(given.out), options, lora=given.lora, convention=given.convention)
+    manifest = reflow(
+        given.config,
+        Path(given.out),
+        options,
+        lora=given.lora,
+        lora_scale=given.lora_scale,
+        convention=given.convention,
+    )
     if distributed.is_main():
         for split, shards in manifest.shards.items():
             print(f"{split}: {sum(shard.count for shard in shards)} pairs")
@@ -57,6 +64,7 @@ def reflow(
     options: prepare.Options,
     *,
     lora: str | None = None,
+    lora_scale: float = 1.0,
     convention: Convention | None = None,
 ) -> Manifest:
     """Fills `folder`, or goes on filling it, and tells what is in it.
@@ -66,13 +74,15 @@ def reflow(
     prepare.check(config, options)
     if config.task.name != "text_to_image":
         raise InputError(f"config.task.name={config.task.name}: pairs are made of captions; use text_to_image")
-    teacher, wanted = prior.load_as_it_is(config, adapters=lora, convention=convention), config.reflow
+    teacher = prior.load_as_it_is(config, adapters=lora, lora_scale=lora_scale, convention=convention)
+    wanted = config.reflow
     encode = make_teacher(teacher, settings.reflow_sampler(config), config, options.batch_size)
     sources = prepare.open_splits(config, folder, teacher)
     counts: dict[Split, int] = {"train": wanted.count}
     if wanted.num_validation and "validation" in sources:
         counts["validation"] = wanted.num_validation
-    made_by = {**wanted.to_dict(), "seed": config.seed, "convention": convention, "lora": lora}
+    made_by = {**wanted.to_dict(), "seed": config.seed, "convention": convention}
+    made_by |= {"lora": lora, "lora_scale": lora_scale}
     plan = prepare.make_plan(config, options, teacher, counts, teacher=made_by)
     readers: dict[Split, prepare.Read] = {
         split: _Captions(sources[split], _VALIDATION * (split == "validation")) for split in counts
@@ -133,6 +143,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Captions, teacher and config.reflow: a file of configs/.")
     flags.DEFINE_string("model", None, "The teacher: diffusers folder or hub id; config.model if not given.")
     flags.DEFINE_string("lora", None, "A file of adapters that the teacher has; see d2f_jax.evaluate.")
+    flags.DEFINE_float("lora_scale", 1.0, "Times the adapters' own scale.")
     flags.DEFINE_enum(
         "convention", None, get_args(Convention), "reference: the teacher is of the paper's published code."
     )

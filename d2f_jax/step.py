@@ -241,7 +241,7 @@ def draw(
     networks: Networks,
     frozen: Frozen,
     batch: Batch,
-    first: float = 0.0,
+    first: float,
 ) -> Draws:
     """For the whole batch, times from `first` on; noise that comes with it is taken instead of drawn."""
     posterior_key, noise_key, time_key = jax.random.split(key, 3)

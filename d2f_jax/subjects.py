@@ -15,8 +15,6 @@ from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler
 
-UNMEASURED = "no pixel of its depth is measured; leave it out, or set config.data.on_damage=skip"
-
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -45,7 +43,7 @@ def check(config: Config, example: Example) -> None:
     if datasets.of_depth(config) and "depth" in example:
         _, depth = picture_and_depth(example, datasets.plain_fit(config))
         if depth is not None and not measured(depth).any():
-            raise InputError(UNMEASURED)
+            raise InputError("no pixel of its depth is measured; leave it out, or set config.data.on_damage=skip")
 
 
 def draw_captions(

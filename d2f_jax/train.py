@@ -139,7 +139,8 @@ def make_insight(
     judge = None
     if data.validation:
         loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
-        program = validation.make_validation_loss(loss, networks, mesh, config.eval.seed)
+        first = objectives.first_time(options.objective, pipeline.schedule)
+        program = validation.make_validation_loss(loss, networks, mesh, config.eval.seed, first)
         held_out = data.validation_batches(config, mesh, config.eval.num_loss_examples)
         judge = functools.partial(validation.evaluate, program, frozen=frozen, batches=held_out)
     return Insight(

@@ -19,10 +19,12 @@ def make_validation_loss(
     networks: steps.Networks,
     mesh: Mesh,
     seed: int,
+    first: float = 0.0,
 ) -> ValidationLoss:
     """`validation_loss(unet_params, frozen, batch, index_B) -> [2, 8]`: sums of loss x weight, and of weights, by bin.
 
-    Every example is looked at once in each bin, [0, 1/8) to [7/8, 1) of flow time. Its noise and its place in the bin
+    Every example is looked at once in each bin, [0, 1/8) to [7/8, 1) of flow time, or of what is trained of it, from
+    `first` on. Its noise and its place in the bin
     depend on the seed and its `index` alone: two evaluations differ by the network, never by chance.
     """
 
@@ -34,7 +36,7 @@ def make_validation_loss(
         def of_bin(i: jax.Array) -> jax.Array:
             def drawn(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
                 noise_key, time_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, index), i))
-                t = (i + jax.random.uniform(time_key)) / BINS
+                t = first + (1 - first) * (i + jax.random.uniform(time_key)) / BINS
                 path_noise = jax.random.normal(jax.random.fold_in(noise_key, 1), shape)
                 return jax.random.normal(noise_key, shape), t, path_noise
 

@@ -370,6 +370,8 @@ def test_adapters_that_see_the_picture(model: Path, tmp_path: Path) -> None:
     )
     assert np.abs(one - other).max() > 1e-4
     np.testing.assert_allclose(spread, one, atol=1e-5)
+    with pytest.raises(InputError, match="the model has adapters that see the picture already"):
+        pipeline.with_lora(tmp_path / "lora" / "adapters.safetensors")
     with pytest.raises(InputError, match="adapters that depend on the picture are in no diffusers folder"):
         pipeline.save_pretrained(tmp_path / "saved")
     judged = shrunk(model, "diff2flow:lora_base", **changes, **{"data.sources": (f"shapes_world:{tmp_path / 'data'}",)})

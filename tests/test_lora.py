@@ -384,6 +384,8 @@ def test_a_new_conditional_adapter_is_the_identity_bit_for_bit() -> None:
     x = jnp.asarray(twins.random(2, 8, 8, 6))
     np.testing.assert_array_equal(plain.conv(x), adapted.conv(x))
     assert np.any(new["conv.kernel"].gamma) and np.any(new["conv.kernel"].beta)
+    with pytest.raises(ValueError, match="2 pictures condition adapters of 4 rows; give one for each"):
+        adapted.conv(jnp.concatenate([x, x]))
 
 
 def test_a_condition_that_is_missing_is_asked_for_and_none_is_merged() -> None:

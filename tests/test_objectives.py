@@ -60,7 +60,7 @@ def test_noise_that_is_known_has_a_loss_only_before_the_last_timestep() -> None:
     "changes", [{"name": "diffusion"}, {"name": "flow_matching"}, {"alignment": Alignment(velocity=False)}]
 )
 def test_only_what_is_aligned_begins_at_the_last_timestep(changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="are of diff2flow, all aligned; begin at zero"):
+    with pytest.raises(InputError, match=r"are of diff2flow, all aligned; set config\.objective\.begin"):
         Objective(times=flow.TimeDistribution(begin="last_timestep"), **changes)
 
 

@@ -224,7 +224,7 @@ def test_what_a_plan_does_not_know_is_told(fitting: Plan) -> None:
     seconds = fitting.seconds | {"ICI": 1e-3}
     text = forecast.table(dataclasses.replace(fitting, unknown_loops=3, collectives=collectives, seconds=seconds))
     rows = {name.strip(): told.strip() for _, name, told, _ in (line.split("|") for line in text.splitlines())}
-    assert rows["loops of unknown length"] == "3, counted as 1 rounds"
+    assert rows["loops of unknown length"] == "3, of 1 rounds as counted"
     assert rows["2 x exchange between slices"] == "1 MB come in, over a network whose speed is not known here"
     assert ", ICI at best;" in rows["one operation after another"] and "ICI" not in rows["at least"]
 
@@ -257,10 +257,11 @@ def test_what_no_run_could_have_is_refused(model: Path) -> None:
         forecast.make_plan(config(model, **{"data.image_size": 15}), "train", topology())
     with pytest.raises(InputError, match="dopri5 takes as many steps as it needs"):
         forecast.make_plan(config(model, **{"eval.sampler": "dopri5"}), "sample", topology())
-    with pytest.raises(InputError, match=r"step_counts=\(4, 1001\): the model has 1000 timesteps; give fewer"):
-        forecast.make_plan(config(model, **{"eval.step_counts": (4, 1001)}), "train", topology())
+    for kind in get_args(forecast.Kind):
+        with pytest.raises(InputError, match=r"step_counts=\(4, 1001\): the model has 1000 timesteps; give fewer"):
+            forecast.make_plan(config(model, **{"eval.step_counts": (4, 1001)}), kind, topology())
     naive = {"objective.name": "flow_matching", "eval.sampler": "ddim"}
-    with pytest.raises(InputError, match="ddim"):
+    with pytest.raises(InputError, match="sampler='ddim' is of diffusion models and of flows aligned with them"):
         forecast.make_plan(config(model, **naive), "train", topology())
 
 

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import small
+from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import quickstart
 from configs import reflow as reflow_config
-from d2f_jax import InputError, Pipeline, train
+from d2f_jax import InputError, Pipeline, lora, lora_files, train
 from d2f_jax.alignment import Alignment
 from d2f_jax.data.prepared import PreparedSource
+from d2f_jax.lora import Targets
 from d2f_jax.pipeline import STEPS
 from d2f_jax.prepare import Options
 from d2f_jax.reflow import reflow
@@ -116,6 +119,18 @@ def test_the_teacher_flows_as_it_records_whatever_the_student_learns(
     with pytest.raises(InputError, match="sampler='ddim' is of diffusion models and of flows aligned with them"):
         reflow(config(tmp_path / "naive", "ddim"), tmp_path / "none", OPTIONS)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_teacher_may_have_adapters(model: Path, tmp_path: Path) -> None:
+    teacher, targets = Pipeline.from_pretrained(model), Targets(self_attention_rank=2)
+    trained = lora.init(nnx.state(teacher.unet), jax.random.key(0), targets)
+    stirred = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), trained)
+    lora_files.save(tmp_path / "adapters", stirred, targets, scale=1.0)
+    few = {"reflow.count": 2, "reflow.num_validation": 0}
+    reflow(config(model, "heun", **few), tmp_path / "pairs", OPTIONS, lora=str(tmp_path / "adapters"), lora_scale=0.5)
+    assert_sampled(tmp_path / "pairs", teacher.with_lora(tmp_path / "adapters", scale=0.5), "heun", 0, 1)
+    with pytest.raises(AssertionError):
+        assert_sampled(tmp_path / "pairs", teacher, "heun", 0, 1)
 
 
 def test_the_program_makes_the_same(made: tuple[str, Path], model: Path, tmp_path: Path) -> None:

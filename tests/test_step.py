@@ -217,7 +217,7 @@ def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str)
 
     def kept_bytes(of: Setting) -> int:
         batch = jax.tree.map(jnp.asarray, BATCH)
-        draws = steps.draw(jax.random.key(0), flow.UNIFORM, of.networks, of.frozen, batch)
+        draws = steps.draw(jax.random.key(0), flow.UNIFORM, of.networks, of.frozen, batch, 0.0)
         loss = steps.make_loss(of.networks, NoiseSchedule.from_config(config(SD, "v_prediction")), OPTIONS, ONE)
         _, backward = jax.vjp(lambda p: loss(steps.unet_params(p, None, 1.0), of.frozen, batch, draws), of.trained)
         return sum(x.nbytes for x in jax.tree.leaves(backward) if hasattr(x, "nbytes"))
@@ -272,12 +272,21 @@ def test_prepared_batches_are_what_pictures_become(full: Setting) -> None:
 
 
 @pytest.mark.parametrize("name", get_args(objectives.Name))
-@pytest.mark.parametrize("times", [flow.TimeDistribution("logit_normal", 1.5, 1e-4), flow.TimeDistribution(shift=9.0)])
+@pytest.mark.parametrize(
+    "times",
+    [
+        flow.TimeDistribution("logit_normal", 1.5, 1e-4),
+        flow.TimeDistribution("logit_normal", -1.5, 1e-4, begin="last_timestep"),
+        flow.TimeDistribution(shift=9.0),
+    ],
+)
 def test_every_objective_is_trained_at_the_times_that_it_names(
     full: Setting, monkeypatch: pytest.MonkeyPatch, name: objectives.Name, times: flow.TimeDistribution
 ) -> None:
     """What the network is told of time, in a step whose loss it is: the timesteps of all examples of a batch."""
     raw = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
+    if name != "diff2flow":
+        times = dataclasses.replace(times, begin="zero")
     objective = Objective(name, raw if name == "flow_matching" else Alignment(), times)
 
     def told(_self: Any, x: jax.Array, tau_B: jax.Array, _text: jax.Array) -> jax.Array:
@@ -301,9 +310,10 @@ def test_every_objective_is_trained_at_the_times_that_it_names(
         name, lambda t: np.asarray(alignment.diffusion_timestep(schedule, t))
     )
     if times.name == "logit_normal":  # so narrow that it is one time
-        np.testing.assert_allclose(
-            tau, rank(1 / (1 + np.exp(-1.5))), rtol=1e-3, atol=0.5 if name != "flow_matching" else 0
-        )
+        first = objectives.first_time(objective, schedule)
+        t = first + (1 - first) / (1 + np.exp(-times.mean))
+        assert (first > 0) == (times.begin == "last_timestep")
+        np.testing.assert_allclose(tau, rank(t), rtol=1e-3, atol=0.5 if name != "flow_matching" else 0)
     else:  # a tenth of them nearer to data than t = 1/2, which without a shift is half of them
         near_data = tau > 0.5 if name == "flow_matching" else tau < rank(0.5)
         assert near_data.mean() == pytest.approx(0.1, abs=0.08)

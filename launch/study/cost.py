@@ -75,9 +75,8 @@ def compiled(bench: Bench, given) -> Compiled:
     state, frozen = prior.place(bench.mesh, trained, frozen, step.optimizer, jax.random.key(config.seed))
     with contextlib.closing(data.train_batches(config, bench.mesh, 0)) as batches:
         batch = next(itertools.islice(batches, 1))
-    lowered = step.run.lower(state, frozen, batch)
-    run = lowered.compile()
-    counted, memory = chips.flops(lowered), run.memory_analysis()
+    run = step.run.lower(state, frozen, batch).compile()
+    counted, memory = chips.flops(step.run, state, frozen, batch), run.memory_analysis()
     made = Compiled(run, counted and counted / 1e9, memory.temp_size_in_bytes / 1e6, state, frozen, batch)
     made.step()
     return made

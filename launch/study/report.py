@@ -45,7 +45,9 @@ Numbers are mean ± standard deviation over up to {seeds} seeds, and so are bars
 own order of data, noise and times in training, and its own {images} held-out captions and noise in judging, which
 all objectives share: differences within a seed are surer than bars tell. A claim is judged seed by seed. The
 Fréchet distance is taken on the embedded classifier's features and biased by the number of pictures: compare it
-only within this page. Weights are the averaged ones.
+only within this page. Weights are the averaged ones. Where those that another cell begins with were lost, they were
+trained again, which ends a little elsewhere (sums of float32 in another order): the same solver of the same network
+may then have two numbers here.
 
 """
 

@@ -229,7 +229,7 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
 
         return train, memory, facts | {"flops": flops}
     loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
-    draws = steps.draw(key, options.objective.times, networks, frozen, batch)
+    draws = steps.draw(key, options.objective.times, networks, frozen, batch, 0.0)
 
     def total(trained: Any) -> jax.Array:
         return loss(steps.unet_params(trained, None, 1.0), frozen, batch, draws).mean()
