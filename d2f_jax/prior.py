@@ -100,6 +100,7 @@ def step_options(config: Config, pipeline: Pipeline) -> steps.StepOptions:
         ema_decay=config.train.ema_decay,
         ema_start=config.train.ema_start,
         accumulate=config.train.accumulate,
+        latents=config.data.latents,
     )
 
 

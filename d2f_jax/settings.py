@@ -8,6 +8,7 @@ from typing import Any, get_args
 from jax.sharding import Mesh
 
 from d2f_jax import distributed, flow, metrics, objectives, optim, sharding
+from d2f_jax import step as steps
 from d2f_jax.alignment import Alignment, Convention
 from d2f_jax.errors import InputError
 from d2f_jax.models.unet import Remat
@@ -26,6 +27,7 @@ _CHOICES = {
     "objective.norm": get_args(objectives.Norm),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": get_args(Remat),
+    "data.latents": get_args(steps.Latents),
     "data.resize": ("aspect", "fixed"),
     "data.crop": ("center", "random"),
     "data.on_damage": ("stop", "skip"),

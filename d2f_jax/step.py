@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ With weight_B, 1 for an example and 0 for a row that could not be read, and perh
 depth_BxHxW from -1 to 1, or picture_mean beside the depth's latent_mean; and valid_BxHxW of pixels, or of latents.
 """
 Metrics = dict[str, jax.Array]
+Latents = Literal["sample", "mean"]
 Tree = TypeVar("Tree")
 
 
@@ -69,7 +70,8 @@ class TrainState:
 class StepOptions:
     """`latent_scale` is the VAE's scaling factor, `lora_scale` the adapters' output scale.
 
-    The batch is worked through in `accumulate` parts, whose gradients add up to that of the whole.
+    The batch is worked through in `accumulate` parts, whose gradients add up to that of the whole. `latents` are drawn
+    from what the VAE tells of a picture, or its mean.
     """
 
     latent_scale: float
@@ -80,6 +82,7 @@ class StepOptions:
     ema_decay: float
     ema_start: int
     accumulate: int
+    latents: Latents = "sample"
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +132,8 @@ def make_loss(
         params = whole(params)
         unet = nnx.merge(networks.unet, params.merged)
         found = encoded(networks, frozen, batch, whole)
-        x_1 = (found.mean + found.std * draws.posterior_noise) * options.latent_scale
+        spread = found.std * draws.posterior_noise if options.latents == "sample" else 0
+        x_1 = (found.mean + spread) * options.latent_scale
         picture = None if found.picture is None else found.picture * options.latent_scale
         x_0 = options.task.source(draws.x_0, picture)
         lora.attach(unet, params.adapters, scale=1.0, condition=picture)

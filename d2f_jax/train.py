@@ -27,6 +27,7 @@ from d2f_jax import (
     datasets,
     distributed,
     lora_files,
+    objectives,
     optim,
     prior,
     program,

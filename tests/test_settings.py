@@ -169,6 +169,7 @@ CHOICES = {
     "objective.begin": "last_timestep",
     "compute_dtype": "bfloat16",
     "remat": "blocks",
+    "data.latents": "mean",
     "data.resize": "fixed",
     "data.crop": "random",
     "data.on_damage": "skip",

@@ -269,6 +269,8 @@ def test_prepared_batches_are_what_pictures_become(full: Setting) -> None:
     np.testing.assert_allclose(run(full, 2, batch=prepared)[1], run(full, 2, batch=PICTURES)[1], rtol=1e-6)
     without_std = {name: x for name, x in prepared.items() if name != "latent_std"}
     assert run(full, 1, batch=without_std)[1] != run(full, 1, batch=PICTURES)[1]
+    means = run(full, 1, batch=prepared, latents="mean")[1]
+    np.testing.assert_allclose(means, run(full, 1, batch=without_std)[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", get_args(objectives.Name))
