@@ -25,7 +25,7 @@ def get_config(source: str = "") -> ConfigDict:
             "data.image_size": 64,
             "data.random_flip": True,
             "train.num_steps": 1000,
-            "train.learning_rate": 1e-5,
+            "train.learning_rate": 1e-4 if preset else 1e-5,  # adapters begin at zero
             "train.ema_decay": 0.999,
             "eval.batch_size": 4,
         }

@@ -1,13 +1,14 @@
 """Computes the latents and text states of a data set once: training then needs neither the VAE nor the text encoder.
 
-    python -m d2f_jax.prepare --config=configs/X.py --out=DIR [--latents=mean] [--shard_size=1024] [--batch_size=8]
+    python -m d2f_jax.prepare --config=configs/X.py --out=DIR [--shard_size=1024] [--batch_size=8]
 
-Takes the config's model, data, image size, resizing and compute dtype; pictures are cropped in the middle and stay in
-the order of the sources. DIR receives shards `train-00000-of-00012.array_record` (`validation-...` of what is held
-out), each with a `.json` when it is finished, and at last `manifest.json`. What is finished is not computed again: it
-may be killed at any time and goes on when the same command is started. Several processes (as for `d2f_jax.train`) deal
-the shards out among themselves; the files do not depend on their number. Each process allows itself
-`config.data.max_damaged` examples that cannot be read, anew at each start.
+Takes the config's model, data, image size, resizing and compute dtype, and with `config.data.latents=mean` the latents'
+means alone, at half the size; pictures are cropped in the middle and stay in the order of the sources. DIR receives
+shards `train-00000-of-00012.array_record` (`validation-...` of what is held out), each with a `.json` when it is
+finished, and at last `manifest.json`. What is finished is not computed again: it may be killed at any time and goes on
+when the same command is started. Several processes (as for `d2f_jax.train`) deal the shards out among themselves; the
+files do not depend on their number. Each process allows itself `config.data.max_damaged` examples that cannot be read,
+anew at each start.
 """
 
 import collections
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ from d2f_jax import datasets, distributed, prior, program, settings
 from d2f_jax import step as steps
 from d2f_jax.data import prepared, records
 from d2f_jax.data.fit import Fit, Row, make_row, spec_of
-from d2f_jax.data.prepared import Latents, Manifest, Plan, Shard, Split
+from d2f_jax.data.prepared import Manifest, Plan, Shard, Split
 from d2f_jax.data.sources import Source, joined
 from d2f_jax.errors import InputError
 from d2f_jax.models.attention import split_over
@@ -56,7 +57,6 @@ _POLL_SECONDS = 0.5
 class Options:
     """`shard_size` in examples; `batch_size` in pictures that each device works on at once."""
 
-    latents: Latents = "mean_std"
     shard_size: int = 1024
     batch_size: int = 8
 
@@ -74,7 +74,7 @@ def main() -> None:
     given = flags.FLAGS
     if given.config is None or given.out is None:
         raise InputError("--config=configs/NAME.py and --out=DIR are both needed")
-    options = Options(latents=given.latents, shard_size=given.shard_size, batch_size=given.batch_size)
+    options = Options(shard_size=given.shard_size, batch_size=given.batch_size)
     manifest = prepare(given.config, Path(given.out), options)
     if distributed.is_main():
         for split, shards in manifest.shards.items():
@@ -102,7 +102,7 @@ def prepare(config: Config, folder: Path, options: Options) -> Manifest:
     if depth:
         names = ("latent_mean", "picture_mean", "valid")
     else:
-        names = ("latent_mean", *(["latent_std"] if options.latents == "mean_std" else []), "text_states")
+        names = ("latent_mean", *(["latent_std"] if plan.latents == "mean_std" else []), "text_states")
     return fill(folder, plan, config, readers, encode, names, empty, options.batch_size)
 
 
@@ -139,8 +139,6 @@ def fill(
 def check(config: Config, options: Options) -> None:
     """Raises InputError for a config that cannot be prepared."""
     settings.check_values(config)
-    if options.latents not in get_args(Latents):
-        raise InputError(f"--latents={options.latents} is none of {', '.join(get_args(Latents))}")
     for name in ("shard_size", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}={getattr(options, name)} is too small; use 1 or more")
@@ -173,6 +171,7 @@ def make_plan(
 ) -> Plan:
     """Raises InputError for an image size that the VAE's downsampling does not divide."""
     height, width = datasets.image_shape(config)
+    of_means = teacher is not None or datasets.of_depth(config) or config.data.latents == "mean"
     return Plan(
         format=prepared.FORMAT,
         model=str(config.model),
@@ -185,7 +184,7 @@ def make_plan(
         image_size=height,
         image_width=0 if width == height else width,
         resize=config.data.resize,
-        latents="mean" if datasets.of_depth(config) else options.latents,
+        latents="mean" if of_means else "mean_std",
         latent_shape=pipeline.noise(0, 1, height, width).shape[1:],
         text_shape=(pipeline.tokenize([""]).shape[1], pipeline.text_encoder.config.hidden_size),
         task=pipeline.task.name,
@@ -351,7 +350,6 @@ if __name__ == "__main__":
     # Not on import: programs that are imported together have flags of the same names.
     config_flags.DEFINE_config_file("config", None, "The data and the model: a file of configs/, as for d2f_jax.train.")
     flags.DEFINE_string("out", None, "Folder to fill; an earlier start of the same command goes on.")
-    flags.DEFINE_enum("latents", "mean_std", get_args(Latents), "mean_std: training samples them, at twice the size.")
     flags.DEFINE_integer("shard_size", 1024, "Examples in a file.")
     flags.DEFINE_integer("batch_size", 8, "Pictures that each device works on at once.")
     program.run(main)

@@ -43,7 +43,7 @@ def main() -> None:
         raise InputError("--config=configs/NAME.py and --out=DIR are both needed")
     if given.model is not None:
         given.config.model = given.model
-    options = prepare.Options(latents="mean", shard_size=given.shard_size, batch_size=given.batch_size)
+    options = prepare.Options(shard_size=given.shard_size, batch_size=given.batch_size)
     manifest = reflow(
         given.config,
         Path(given.out),

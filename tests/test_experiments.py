@@ -66,7 +66,7 @@ def shrunk(config: ConfigDict, model: Path) -> ConfigDict:
 def pairs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the page of reflow says that they are made in small."""
     folder = tmp_path_factory.mktemp("pairs") / "out"
-    make_pairs(shrunk(reflow.get_config("diff2flow"), model), folder, Options(latents="mean", batch_size=1))
+    make_pairs(shrunk(reflow.get_config("diff2flow"), model), folder, Options(batch_size=1))
     return folder
 
 

@@ -144,7 +144,8 @@ def test_shapes_world_and_means_alone(model: Path, tmp_path: Path) -> None:
     world.update_from_flattened_dict(
         {"model": str(model), "data.image_size": 16, "data.num_train": 5, "data.num_validation": 3}
     )
-    prepare(world, tmp_path, Options(latents="mean", batch_size=1))
+    world.data.latents = "mean"
+    prepare(world, tmp_path, Options(batch_size=1))
     counts: dict[Split, int] = {"train": 5, "validation": 3}
     for split, count in counts.items():
         source = PreparedSource(tmp_path, split)

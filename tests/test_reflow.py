@@ -25,7 +25,7 @@ from d2f_jax.reflow import reflow
 from d2f_jax.sampler import Sampler
 from d2f_jax.settings import flat
 
-OPTIONS = Options(latents="mean", shard_size=4, batch_size=1)
+OPTIONS = Options(shard_size=4, batch_size=1)
 COUNT, CAPTIONS = 10, 6
 
 

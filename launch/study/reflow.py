@@ -91,7 +91,7 @@ def make_pairs(bench: Bench, folder: Path, teacher: str, seed: int, made: dict[s
         config = bench.rendered(bench.size.pixels)
         config.model, config.seed = str(bench.weights(teacher)), seed
         config.reflow.update(how(bench.size))
-        pairing.reflow(config, folder, prepare.Options(latents="mean", batch_size=32))
+        pairing.reflow(config, folder, prepare.Options(batch_size=32))
 
 
 def solvers(size: Size, objective: str, seed: int) -> Cell:
