@@ -12,7 +12,7 @@ LAYERS = [
     {"models", "lora", "task"},
     {"chips", "distributed", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
     {"checkpoint", "data", "lora_files", "lora_foreign", "metrics", "oracle", "report", "torch_files", "weights"},
-    {"ensemble", "export", "pipeline", "programs"},
+    {"ensemble", "export", "pipeline", "programs", "resizing"},
     {"comparison", "convert", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}
     | {"blueprint", "forecast", "plan", "settings", "subjects", "train", "watch"},
 ]
