@@ -5,7 +5,8 @@
 
 The gradient at Stable Diffusion 2.1's finest level at 512 pixels: 64 x 64 latents, 320 channels, batch 4, bfloat16, on
 one chip. XLA's attention and the fused one, and what `config.remat` keeps: nothing, elementwise, or everything (of both
-kinds of blocks) is computed again. A minute or two each; the record goes to results/benchmarks/block_on_tpu.json.
+kinds of blocks) is computed again. A minute or two each, but for the last, which took more than ten and was not waited
+for. After each the record goes to results/benchmarks/block_on_tpu.json.
 """
 
 import importlib.metadata
