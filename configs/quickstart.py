@@ -80,9 +80,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.image_width = 0  # pixels; 0 is image_size, a square
     config.data.resize = "aspect"  # cut to the form of image_size and image_width; "fixed" is whole, which distorts
     config.data.crop = "center"  # of what "aspect" leaves over; "random" in training, of pictures
-    config.data.latents = (
-        "sample"  # drawn anew from what the VAE tells of a picture; "mean" as the paper's published code
-    )
+    config.data.latents = "sample"  # of what the VAE tells of a picture; "mean" as in the paper's published code
     config.data.num_train = 4096  # scenes; ShapesWorld only
     config.data.num_validation = 512  # scenes; ShapesWorld only
     config.data.caption_dropout = 0.1  # share of captions replaced by "", which guidance needs

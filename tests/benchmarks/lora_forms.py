@@ -18,8 +18,8 @@ that is saved (26% and 36% of the operations at batch 1, 17% and 3% at batch 16)
 two runs on a CPU 9 to 16% at batch 1 and 3 to 8% at batch 4, where it holds 4 to 5% more memory. Training merges: from
 a few pictures on a device it takes little more time, and less memory, and the network that is trained, judged, drawn
 with and exported is one function of its parameters. Where a device has a single picture, the other form is cheaper by
-these figures. Half precision and recomputation are those of a block on a TPU, by its compiler; no form was run on a TPU
-or a GPU.
+these figures. The part `tpu`, in half precision and with recomputation, was not run to its end yet, and no form on a
+TPU or a GPU.
 """
 
 import dataclasses
