@@ -132,7 +132,8 @@ def train_step(
     pipeline = drawn.pipeline
     frozen, trained = parameters(config, drawn)
     optimizer = optim.make_optimizer(settings.make_optimizer_options(config))
-    state = jax.eval_shape(functools.partial(steps.init_state, optimizer=optimizer), trained, root_key=_key())
+    started = functools.partial(steps.init_state, optimizer=optimizer, average=config.train.ema_decay > 0)
+    state = jax.eval_shape(started, trained, root_key=_key())
     options = dataclasses.replace(prior.step_options(config, pipeline), accumulate=accumulate)
     step = steps.make_train_step(prior.networks(pipeline, remat), pipeline.schedule, optimizer, options, mesh)
     return step, (_kept(mesh, state), _kept(mesh, frozen), _split(mesh, train_batch(config, drawn)))

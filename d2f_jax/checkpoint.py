@@ -139,6 +139,7 @@ class Checkpoints:
 def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
     """Step and EMA parameters alone of the newest checkpoint in `folder`, placed as `like`.
 
+    Of a run that kept no average, what it trained.
     Raises InputError if there is no checkpoint, the newest is damaged, or its parameters are not those of `like`.
     """
     folder = folder.absolute()
@@ -155,15 +156,17 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
         if step == _DAMAGED:
             told = fault or "as the main process tells"
             raise InputError(f"{folder / str(latest)} is damaged: {told}; put back a copy")
+        saved = manager.item_metadata(step)["state"]
+        part = "trained" if saved["ema"] is None else "ema"
         # Orbax would leave out what is not in both of them.
-        there, here = _shapes(manager.item_metadata(step)["state"]["ema"]), _shapes(like)
+        there, here = _shapes(saved[part]), _shapes(like)
         if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
             first = f"{differing[0]}: {there.get(differing[0], 'none')} there, {here.get(differing[0], 'none')} here"
             raise InputError(f"{folder}: the parameters are not this run's ({first}); use its config")
-        abstract = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)}
+        abstract = {part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
-        return step, manager.restore(step, args=ocp.args.Composite(state=args))["state"]["ema"]
+        return step, manager.restore(step, args=ocp.args.Composite(state=args))["state"][part]
 
 
 def damage(checkpoint: Path) -> str | None:

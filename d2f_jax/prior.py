@@ -116,11 +116,17 @@ def networks(prior: Pipeline, remat: Remat) -> steps.Networks:
 
 
 def place(
-    mesh: Mesh, trained: Any, frozen: steps.Frozen, optimizer: optax.GradientTransformation, root_key: jax.Array
+    mesh: Mesh,
+    trained: Any,
+    frozen: steps.Frozen,
+    optimizer: optax.GradientTransformation,
+    root_key: jax.Array,
+    *,
+    average: bool = True,
 ) -> tuple[steps.TrainState, steps.Frozen]:
     """The first state, and what stays, each device with its part of them."""
     trained, frozen = sharding.put((trained, frozen), sharding.kept(mesh, (trained, frozen)))
-    init = functools.partial(steps.init_state, optimizer=optimizer)
+    init = functools.partial(steps.init_state, optimizer=optimizer, average=average)
     shardings = sharding.kept(mesh, jax.eval_shape(init, trained, root_key=root_key))
     return jax.jit(init, out_shardings=shardings)(trained, root_key=root_key), frozen
 

@@ -52,8 +52,9 @@ class Frozen:
 class TrainState:
     """All that a run goes on from.
 
-    `trained` is the UNet's parameters or its LoRA adapters; `ema` and the optimizer hold no others. Counted from the
-    start: `skipped_steps`, and `bad_examples` that could not be read; `bad_streak` is the skipped steps in a row.
+    `trained` is the UNet's parameters or its LoRA adapters; `ema` and the optimizer hold no others. `ema` is None for a
+    run that keeps no average. Counted from the start: `skipped_steps`, and `bad_examples` that could not be read;
+    `bad_streak` is the skipped steps in a row.
     """
 
     step: jax.Array
@@ -64,6 +65,11 @@ class TrainState:
     skipped_steps: jax.Array
     bad_streak: jax.Array
     bad_examples: jax.Array
+
+    @property
+    def averaged(self) -> Any:
+        """What is judged and given away: the average, or where none is kept what is trained."""
+        return self.trained if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +102,12 @@ class Draws:
     path_noise: jax.Array
 
 
-def init_state(trained: Any, optimizer: optax.GradientTransformation, root_key: jax.Array) -> TrainState:
+def init_state(
+    trained: Any, optimizer: optax.GradientTransformation, root_key: jax.Array, *, average: bool = True
+) -> TrainState:
     # The average is a copy: the step donates its state, and a buffer can be donated only once.
-    zeros = [jnp.zeros((), jnp.int32) for _ in range(4)]
-    return TrainState(zeros[0], trained, jax.tree.map(jnp.copy, trained), optimizer.init(trained), root_key, *zeros[1:])
+    zeros, ema = [jnp.zeros((), jnp.int32) for _ in range(4)], jax.tree.map(jnp.copy, trained) if average else None
+    return TrainState(zeros[0], trained, ema, optimizer.init(trained), root_key, *zeros[1:])
 
 
 @jax.tree_util.register_dataclass
@@ -178,8 +186,9 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        decay = optim.ema_decay(state.step, options.ema_decay, options.ema_start)
-        ema = optim.ema_update(state.ema, trained, decay)
+        ema = state.ema
+        if ema is not None:
+            ema = optim.ema_update(ema, trained, optim.ema_decay(state.step, options.ema_decay, options.ema_start))
         # A batch without a readable example has a loss of 0 and teaches nothing: it counts as a bad step too.
         good = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & (examples > 0)
         kept = [state.trained, state.ema, state.opt_state]

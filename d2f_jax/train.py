@@ -79,7 +79,8 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
     datasets.check_prepared(config, pipeline, given)
     claim(workdir, config)
     data = datasets.open_data(config, workdir, pipeline, given)
-    state, frozen = prior.place(mesh, trained, frozen, optimizer, jax.random.key(config.seed))
+    key, average = jax.random.key(config.seed), config.train.ema_decay > 0
+    state, frozen = prior.place(mesh, trained, frozen, optimizer, key, average=average)
     tell_unsplit(mesh, state.trained)
     del trained  # a part of the state now
     pipeline = prior.hollow(pipeline)
@@ -105,7 +106,7 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
                 state = loop(config, step, plain_step, state, frozen, data, mesh, checkpoints, watch, preemption)
             checkpoints.wait()
             params = insight.unet_params(state)
-            unet, rest, average = sharding.to_host((params, frozen, state.ema if config.lora.enabled else None))
+            unet, rest, average = sharding.to_host((params, frozen, state.averaged if config.lora.enabled else None))
             del state  # makes room for the prior, which is read again to compare with
             export(config, pipeline, unet, rest, average, workdir)
             before, after = prior.load(config).on_mesh(mesh), insight.pipeline(params)
@@ -146,7 +147,7 @@ def make_insight(
         judge = functools.partial(validation.evaluate, program, frozen=frozen, batches=held_out)
     return Insight(
         learning_rate=optim.learning_rate(optimizer_options),
-        unet_params=lambda state: steps.unet_params(state.ema, frozen.unet, options.lora_scale),
+        unet_params=lambda state: steps.unet_params(state.averaged, frozen.unet, options.lora_scale),
         pipeline=lambda params: prior.filled(sampler, params, frozen, datasets.image_shape(config)),
         validation_loss=judge,
         subject=subjects.make(config, shown, judged=False),
@@ -156,10 +157,11 @@ def make_insight(
 
 def begun_from(folder: str, state: steps.TrainState) -> steps.TrainState:
     """A new run's state with the averaged weights of another run's checkpoints."""
-    step, average = checkpoint.restore_average(Path(folder), state.ema)
+    step, average = checkpoint.restore_average(Path(folder), state.averaged)
     if distributed.is_main():
         print(f"begins with the averaged weights of step {step} in {folder}")
-    return dataclasses.replace(state, trained=average, ema=jax.tree.map(jnp.copy, average))
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, average)
+    return dataclasses.replace(state, trained=average, ema=ema)
 
 
 def loop(

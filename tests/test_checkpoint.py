@@ -281,6 +281,18 @@ def test_the_average_alone_comes_whatever_the_optimizer_was(tmp_path: Path) -> N
     assert contents(tmp_path) == before
 
 
+def test_without_an_average_it_is_what_was_trained(tmp_path: Path) -> None:
+    state = dataclasses.replace(state_of(3), ema=None)
+    with checkpoints(tmp_path) as saved:
+        saved.save(3, state, POSITION)
+    with checkpoints(tmp_path) as saved:
+        assert_same(saved.restore(dataclasses.replace(state_of(0), ema=None))[0], state)
+    step, average = checkpoint.restore_average(tmp_path, state_of(0).averaged)
+    assert step == 3 and state.averaged is state.trained
+    for x, y in zip(jax.tree.leaves(average), jax.tree.leaves(state.trained), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def emptied(folder: Path) -> None:
     for step in ("1", "2"):
         (folder / step).rename(folder.parent / step)

@@ -345,6 +345,15 @@ def test_the_average_follows_its_law(full: Setting, start: int) -> None:
         np.testing.assert_allclose(a, e, atol=1e-6)
 
 
+def test_without_an_average_training_is_the_same_and_holds_less(full: Setting) -> None:
+    (state, frozen), kept = full.start(ONE), run(full, 3)[0]
+    state = dataclasses.replace(state, ema=None)
+    for _ in range(3):
+        state, _ = full.step(ONE)(state, frozen, BATCH)
+    assert_same(state.trained, kept.trained)
+    assert state.ema is None and state.averaged is state.trained
+
+
 def test_adapters_are_all_that_is_trained(full: Setting) -> None:
     adapted = setting(with_lora=True)
     before = leaves(adapted.frozen)
