@@ -63,7 +63,7 @@ def against(record: dict[str, Any]) -> str:
         for facts in case["facts"].values():
             versions |= facts.get("versions", {})
     stated = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    header = ["", "batch", "latents", "by", "seconds", "how fast ours is to it", "peak memory"]
+    header = ["", "batch", "latents", "by", "seconds", "images/s", "how fast ours is to it", "peak memory"]
     header += ["MFU of the measured rate"] if gpu else []
     return f"""## Against PyTorch diffusers: {where}
 
@@ -83,17 +83,18 @@ def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
     what = WORK[case["work"]].format(**case)
     cells = [f"{case['model']}, {what}", str(case["batch"]), f"{case['side']} x {case['side']}", name]
     if isinstance(seconds, str):
-        return [*cells, seconds, "", "", *([""] if rate else [])]
+        return [*cells, seconds, "", "", "", *([""] if rate else [])]
     mine = case["seconds"]["ours"]
     ratio = "1"
     if name != "ours" and not isinstance(mine, str):
         pairs = [t / o for o, t in zip(mine, seconds, strict=True)]
         alone = statistics.median(seconds) / statistics.median(mine)
         ratio = f"{statistics.median(pairs) if case['together'] else alone:.2f}"
-    cells += [f"{statistics.median(seconds):.3g}", ratio, f"{facts['peak_bytes'] / 1e9:.2f} GB"]
+    median = statistics.median(seconds)
+    cells += [f"{median:.3g}", f"{case['batch'] / median:.3g}", ratio, f"{facts['peak_bytes'] / 1e9:.2f} GB"]
     if rate:
         flops = case["facts"]["ours"].get("flops")
-        cells += [f"{flops / statistics.median(seconds) / rate:.0%}" if flops else ""]
+        cells += [f"{flops / median / rate:.0%}" if flops else ""]
     return cells
 
 
