@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from d2f_jax.models.attention import unfused
+from d2f_jax.models import devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,10 @@ def peak_tflops(device: Any) -> float | None:
 def flops(jitted: Any, *arguments: Any) -> float | None:
     """Floating-point operations of a jitted function over all devices, as XLA counts them before it optimises.
 
-    Attention counts as XLA does it, whatever the devices are: a fused kernel's operations it does not see. None where
+    Nothing counts as it was chosen for the devices: a fused kernel's operations, for one, XLA does not see. None where
     the backend does not count. A loop's body counts once.
     """
-    with unfused():
+    with devices.plain():
         analysis = jitted.lower(*arguments).cost_analysis()
     counted = analysis.get("flops") if analysis else None
     return float(counted) if counted and counted > 0 else None

@@ -38,7 +38,7 @@ from d2f_jax.data.fit import Fit, Row, make_row, spec_of
 from d2f_jax.data.prepared import Manifest, Plan, Shard, Split
 from d2f_jax.data.sources import Source, joined
 from d2f_jax.errors import InputError
-from d2f_jax.models.attention import split_over
+from d2f_jax.models.devices import split_over
 from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config

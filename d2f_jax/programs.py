@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from d2f_jax import lora, sampling, sharding
 from d2f_jax.alignment import Alignment
-from d2f_jax.models.attention import split_over
+from d2f_jax.models.devices import split_over
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.task import Task

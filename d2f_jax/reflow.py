@@ -29,7 +29,7 @@ from d2f_jax.data.fit import Row
 from d2f_jax.data.prepared import Manifest, Split
 from d2f_jax.data.sources import Source
 from d2f_jax.errors import InputError
-from d2f_jax.models.attention import split_over
+from d2f_jax.models.devices import split_over
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
 from d2f_jax.sampler import Sampler

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from d2f_jax import flow, lora, objectives, optim, sharding
-from d2f_jax.models.attention import split_over
+from d2f_jax.models.devices import split_over
 from d2f_jax.models.layers import in_compute_dtype
 from d2f_jax.objectives import Objective
 from d2f_jax.schedule import NoiseSchedule

@@ -1,42 +1,19 @@
 """Attention: one function, which chooses the backend that the devices have."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from d2f_jax.models import devices
+
 Backend = Literal["xla", "cudnn", "splash"]
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
-_UNFUSED: Any = jax.make_user_context(False)  # a function that was traced is traced again within
 FUSED = "fused attention"
 """Name of the splash kernel's results under `jax.checkpoint`."""
 _FEW = 1024  # tokens; scores of fewer are small, and XLA fuses their softmax into the products
-
-
-@contextlib.contextmanager
-def split_over(mesh: Mesh | None) -> Iterator[None]:
-    """Within it attention's rows are split over all axes of `mesh`, or on the one default device for None.
-
-    The partitioner knows nothing of fused kernels, so that none is chosen where this is not said. To be entered inside
-    of the function that is traced.
-    """
-    token = _MESH.set(Mesh(jax.devices()[:1], ("data",)) if mesh is None else mesh)
-    try:
-        yield
-    finally:
-        _MESH.reset(token)
-
-
-def unfused() -> contextlib.AbstractContextManager[None]:
-    """Within it `"auto"` is XLA's attention: its operations are counted, those of a fused kernel are not."""
-    return _UNFUSED(True)
 
 
 def attention(
@@ -60,11 +37,11 @@ def attention(
 
 
 def _chosen(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, is_causal: bool) -> Backend:
-    mesh, length, width = _MESH.get(), q_BxLxNxD.shape[1], q_BxLxNxD.shape[3]
+    length, width = q_BxLxNxD.shape[1], q_BxLxNxD.shape[3]
     half = q_BxLxNxD.dtype in (jnp.bfloat16, jnp.float16)
-    if _UNFUSED.value or mesh is None or not half or length < _FEW:
+    if not half or length < _FEW:
         return "xla"
-    match mesh.devices.flat[0].platform:
+    match devices.platform():
         # Head widths over 128 need Hopper; Stable Diffusion 1.x has 160 at its coarsest, where there are few tokens.
         case "gpu" if width % 8 == 0 and width <= 128:
             return "cudnn"
@@ -75,9 +52,7 @@ def _chosen(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, is_causal: bool) -> Back
 
 
 def _splash_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    mesh = _MESH.get()
-    interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
-    fused = functools.partial(_splash, interpret=interpret)
+    mesh, fused = devices.mesh(), functools.partial(_splash, interpret=devices.platform() != "tpu")
     if mesh is None or mesh.size == 1:
         return fused(q, k, v)
     rows = P(mesh.axis_names)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from d2f_jax import hlo, oracle, sharding, traffic
-from d2f_jax.models.attention import split_over
+from d2f_jax.models.devices import split_over
 from d2f_jax.models.layers import Build, Recompute, ResnetBlock2D, Transformer2DModel, in_compute_dtype
 
 FILE = Path(__file__).parents[2] / "results" / "benchmarks" / "block_on_tpu.json"

@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/benchmarks/lora_forms.py       # the next two
     PYTHONPATH=. python tests/benchmarks/lora_forms.py size  # Stable Diffusion 2.1, by shapes alone
     PYTHONPATH=. python tests/benchmarks/lora_forms.py time  # compiled and run, on a CPU a quarter of its width
-    PYTHONPATH=. python tests/benchmarks/lora_forms.py tpu   # blocks of it as the compiler for TPU v6e has them
+    PYTHONPATH=. python tests/benchmarks/lora_forms.py tpu   # blocks of it as TPU v6e's compiler has them; it goes on
 
 Loss and gradient of the UNet with the paper's two sets of adapters, and of the whole UNet; float32, no recomputation.
 First Stable Diffusion 2.1 at 512 pixels (64 x 64 latents): TFLOP a step, as XLA counts them before it optimises. Then
@@ -39,7 +39,7 @@ from jax.sharding import Mesh
 
 from configs import quickstart
 from d2f_jax import chips, hlo, lora, oracle, prior, sharding, traffic
-from d2f_jax.models.attention import split_over
+from d2f_jax.models.devices import split_over
 from d2f_jax.models.layers import Build, ResnetBlock2D, Transformer2DModel, in_compute_dtype, shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 
@@ -104,23 +104,18 @@ def cases(config: UNetConfig, params: nnx.State) -> Iterator[tuple[str, str, Any
         yield from ((form, preset, trained) for form in FORMS)
 
 
-def size() -> list[dict[str, Any]]:
+def size(_known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     graphdef, params = network_of(FULL)
-    rows = []
     for batch in (1, 4, 16):
         for form, preset, trained in cases(FULL, params):
             flops = chips.flops(gradient(graphdef, form), trained, *arguments(params, FULL, batch, 64))
-            row = {"form": form, "preset": preset, "batch": batch, "flops": flops}
-            print(row, flush=True)
-            rows.append(row)
-    return rows
+            yield {"form": form, "preset": preset, "batch": batch, "flops": flops}
 
 
-def seconds() -> list[dict[str, Any]]:
+def seconds(_known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     config, side = (QUARTER, 32) if ON_CPU else (FULL, 64)
     clock = time.process_time if ON_CPU else time.perf_counter
     graphdef, params = network_of(config)
-    rows = []
     for batch in (1, 4):
         for form, preset, trained in cases(config, params):
             given = (trained, *arguments(params, config, batch, side))
@@ -132,16 +127,14 @@ def seconds() -> list[dict[str, Any]]:
                 began = clock()
                 jax.block_until_ready(compiled(*arrays))
                 took.append(clock() - began)
-            row = {"form": form, "preset": preset, "batch": batch, "temporaries": memory, "seconds": min(took[1:])}
-            print(row, flush=True)
-            rows.append(row)
-    return rows
+            yield {"form": form, "preset": preset, "batch": batch, "temporaries": memory, "seconds": min(took[1:])}
 
 
-def on_tpu() -> list[dict[str, Any]]:
+def on_tpu(known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Of a residual block and a transformer, at the levels of most pixels and of most parameters that have both."""
     oracle.prepare()
-    mesh, rows = sharding.make_mesh(devices=list(oracle.topology("v6e:2x2").devices)[:1]), []
+    mesh = sharding.make_mesh(devices=list(oracle.topology("v6e:2x2").devices)[:1])
+    have = {(row["width"], row["preset"], row["form"]) for row in known}
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
@@ -153,15 +146,13 @@ def on_tpu() -> list[dict[str, Any]]:
         for preset in PRESETS:
             adapted = dataclasses.replace(targets(preset, FULL), first_layer=False, last_layer=False)
             trained = jax.eval_shape(functools.partial(lora.init, key=jax.random.key(0), targets=adapted), params)
-            for form in FORMS:
+            for form in (form for form in FORMS if (width, preset, form) not in have):
                 shapes = jax.tree.map(placed, (trained, params, *given))
                 compiled = oracle.compiled(gradient_of_blocks(graphdef, form, mesh).lower(*shapes))
                 work = traffic.work(hlo.parse(compiled.as_text() or ""))
                 row = {"form": form, "preset": preset, "width": width, "flops": work.flops}
                 row |= {"temporaries": compiled.memory_analysis().temp_size_in_bytes, "hbm": sum(work.hbm.values())}
-                print(row, flush=True)
-                rows.append(row)
-    return rows
+                yield row
 
 
 def blocks(width: int, rngs: nnx.Rngs) -> nnx.List:
@@ -192,14 +183,18 @@ def gradient_of_blocks(graphdef: nnx.GraphDef, form: str, mesh: Mesh) -> Any:
 def main() -> None:
     kind = "cpu" if ON_CPU else DEVICE.device_kind.lower().replace(" ", "_")
     file = ROOT / "results" / "benchmarks" / f"lora_forms_{kind}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(file.read_text()) if file.exists() else {}
     record["device"] = f"{DEVICE.device_kind}, {os.cpu_count()} CPU cores"
     parts = {"size": size, "time": seconds, "tpu": on_tpu}
     for name in sys.argv[1:] or ("size", "time"):
         stamp = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime())}
-        record[name] = stamp | {"rows": parts[name]()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        known = record[name]["rows"] if name == "tpu" and name in record else []
+        for row in parts[name](known):
+            print(row, flush=True)
+            known.append(row)
+            record[name] = stamp | {"rows": known}
+            file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

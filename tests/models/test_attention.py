@@ -11,7 +11,9 @@ from flax import nnx
 
 from d2f_jax import chips, sharding
 from d2f_jax.models import attention as module
-from d2f_jax.models.attention import attention, split_over
+from d2f_jax.models import devices
+from d2f_jax.models.attention import attention
+from d2f_jax.models.devices import split_over
 from d2f_jax.models.layers import Build, Recompute, Transformer2DModel
 
 BOTH: tuple[module.Backend, ...] = ("splash", "xla")
@@ -69,7 +71,7 @@ def test_a_backend_is_chosen_by_device_and_shape(monkeypatch, platform, shape, k
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
     q, k = (jax.ShapeDtypeStruct((*shape[:1], length, *shape[2:]), dtype) for length in (shape[1], keys))
     assert module._chosen(q, k, is_causal=False) == "xla"  # where it is not said how rows are split
-    monkeypatch.setattr(module, "_MESH", types.SimpleNamespace(get=lambda: mesh))
+    monkeypatch.setattr(devices, "_MESH", types.SimpleNamespace(get=lambda: mesh))
     assert module._chosen(q, k, is_causal=False) == chosen
 
 
@@ -77,7 +79,7 @@ def test_operations_are_counted_the_same_where_a_fused_kernel_is_chosen(monkeypa
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))
     of = [jax.ShapeDtypeStruct((2, 1024, 2, 64), "bfloat16")] * 3
     xla = chips.flops(jax.jit(lambda *of: attention(*of, backend="xla")), *of)
-    monkeypatch.setattr(module, "_MESH", types.SimpleNamespace(get=lambda: mesh))
+    monkeypatch.setattr(devices, "_MESH", types.SimpleNamespace(get=lambda: mesh))
     monkeypatch.setattr(module, "_splash_over_mesh", lambda q, *_: q)  # whose operations are not seen
     jitted = jax.jit(lambda *of: attention(*of))
     assert "dot_general" not in jitted.lower(*of).as_text()
