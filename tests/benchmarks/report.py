@@ -166,9 +166,11 @@ Loss and gradient of Stable Diffusion 2.1's UNet in float32. Why training merges
 def beside(found: list[dict[str, Any]], key: str, cells: dict[str, Callable[[dict[str, Any]], str]]) -> str:
     """A row for each way to train, and in it cells for each `key`, as batch."""
     sizes = sorted({row[key] for row in found})
-    rows: dict[tuple[str, str], list[str]] = {}
-    for row in sorted(found, key=lambda row: row[key]):
-        rows.setdefault((row["preset"], row["form"]), []).extend(cell(row) for cell in cells.values())
+    rows: dict[tuple[str, str], list[str]] = {(row["preset"], row["form"]): [] for row in found}
+    known = {(row["preset"], row["form"], row[key]): [cell(row) for cell in cells.values()] for row in found}
+    for name, told_of in rows.items():
+        for size in sizes:
+            told_of += known.get((*name, size), [""] * len(cells))
     header = ["trained", "adapters", *(f"{name} at {key} {size}" for size in sizes for name in cells)]
     return report.markdown_table(header, [[p or "all", form if p else "", *row] for (p, form), row in rows.items()])
 
