@@ -172,6 +172,8 @@ def sampling(section: ConfigDict, sampler: str) -> None:
     section.begin = "last_timestep"  # where its steps in flow time begin; "zero" as the paper's published code
     section.spacing = ""  # of ddim's timesteps: "leading", "trailing", "linspace", "quad", or "" as the model has them
     section.eta = 0.0  # of ddim: the share of noise that is drawn anew, 1 is DDPM
+    section.temperature = 1.0  # times what eta draws
+    section.noise_dropout = 0.0  # share of its values that are 0, the others larger in turn
     section.rtol = 1e-3  # of dopri5, relative and absolute: how exact its steps are
     section.atol = 1e-4
     section.sde = ConfigDict()  # of sde_euler and sde_heun: which noise is added, and their last step, without any

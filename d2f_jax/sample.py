@@ -57,6 +57,8 @@ _BEGIN = flags.DEFINE_enum(
 )
 _SPACING = flags.DEFINE_enum("spacing", None, get_args(Spacing), "Of ddim's timesteps; the model's own by default.")
 _ETA = flags.DEFINE_float("eta", 0.0, "DDIM's share of new noise: 0 deterministic, 1 DDPM.", 0.0, 1.0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Times the noise that --eta draws.", lower_bound=0.0)
+_NOISE_DROPOUT = flags.DEFINE_float("noise_dropout", 0.0, "Share of its values that are left out.", 0.0, 1.0)
 _SDE_FORM = flags.DEFINE_enum("sde_form", "sigma", get_args(Form), "How the noise of sde_ samplers depends on time.")
 _SDE_NORM = flags.DEFINE_float("sde_norm", 1.0, "How much of it.", lower_bound=0.0)
 _SDE_LAST = flags.DEFINE_enum("sde_last_step", "euler", get_args(LastStep), "Their last step, which adds no noise.")
@@ -96,6 +98,8 @@ def main() -> None:
         begin=cast(Begin, _BEGIN.value),
         spacing=cast(Spacing | None, _SPACING.value),
         eta=_ETA.value,
+        temperature=_TEMPERATURE.value,
+        noise_dropout=_NOISE_DROPOUT.value,
         sde=SDE(
             form=cast(Form, _SDE_FORM.value),
             norm=_SDE_NORM.value,

@@ -1,6 +1,7 @@
 """From noise to a sample by name: which solver, along which grid."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -30,7 +31,7 @@ class Sampler:
     - "dopri5": as many steps as `rtol` and `atol` ask for.
     - "sde_euler", "sde_heun": random steps in flow time, as `sde` has them.
     - "ddim": the checkpoint's own timesteps, for a diffusion model as it came; with `eta=1` it is DDPM, whose last step
-      always goes to data.
+      always goes to data. `temperature` scales the noise that `eta` draws, `noise_dropout` is the share of it left out.
     - "ddim_on_flow_grid": the flow grid's timesteps, which gives the samples of "euler" of an exactly aligned flow.
 
     `shift` above 1 makes the flow's steps denser near noise. They `begin` at the last diffusion timestep's flow time,
@@ -43,6 +44,8 @@ class Sampler:
     begin: Begin = "last_timestep"
     spacing: Spacing | None = None
     eta: float = 0.0
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
     sde: SDE = dataclasses.field(default_factory=SDE)
     rtol: float = 1e-3
     atol: float = 1e-4
@@ -60,6 +63,15 @@ class Sampler:
             raise InputError(f"eta={self.eta} is DDIM's, not of sampler={self.name!r}; use ddim or an sde_ sampler")
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta={self.eta} is not between 0, deterministic, and 1, DDPM")
+        if not self.eta and (self.temperature, self.noise_dropout) != (1, 0):
+            raise InputError(
+                f"temperature={self.temperature}, noise_dropout={self.noise_dropout} are of the noise that DDIM draws "
+                "with eta above 0; set eta, or leave them at 1 and 0"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature={self.temperature}: give 0 or more, 1 for noise as it is drawn")
+        if not 0 <= self.noise_dropout < 1:
+            raise InputError(f"noise_dropout={self.noise_dropout}: give a share from 0 to less than 1")
         if self.shift <= 0:
             raise InputError(f"shift={self.shift}: give a positive number, 1 for uniform steps")
         if self.name == "ddim" and self.shift != 1:
@@ -149,7 +161,8 @@ class Sampler:
         """
         if self.name in ("ddim", "ddim_on_flow_grid"):  # is_ddim, so that types tell what is left
             final, keys = self._final(schedule, set_alpha_to_one), keys_B if self.eta else None
-            return sampling.ddim(schedule, predict, noise, grid, final, eta=self.eta, keys_B=keys)
+            fresh = {name: getattr(self, name) for name in ("eta", "temperature", "noise_dropout")}
+            return sampling.ddim(schedule, predict, noise, grid, final, **fresh, keys_B=keys)
         field = alignment.velocity_field(schedule, predict, how)
         x = sampling.from_noise(noise, grid[0])
         match self.name:

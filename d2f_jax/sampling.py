@@ -189,11 +189,15 @@ def ddim(
     final_alpha_cumprod: ArrayLike,
     *,
     eta: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    noise_dropout: float = 0.0,
     keys_B: jax.Array | None = None,
 ) -> jax.Array:
     """DDIM (arXiv 2010.02502, equations 12 and 16) from x_tau = noise along `timesteps` [N], which fall.
 
-    `eta` is the share of a step's noise that is drawn anew, with `keys_B`: 0 is deterministic, 1 DDPM's posterior.
+    `eta` is the share of a step's noise that is drawn anew, with `keys_B`: 0 is deterministic, 1 DDPM's posterior. Of
+    what is drawn, `temperature` times is added; a share `noise_dropout` of its values is 0, the others are larger in
+    turn. As in DDIM's and the paper's published code, the noise that is kept does not make up for either.
     `final_alpha_cumprod` is the signal power that the last step goes to: 1, or `alphas_cumprod[0]` for schedulers with
     `set_alpha_to_one=false`. Timesteps may be fractional; alpha and sigma then follow from their flow time. The step is
     the textbook's, written for the diffusion state, so that agreement with `solve` is a test of both.
@@ -208,7 +212,10 @@ def ddim(
             return next_alpha * data + next_sigma * noise
         fresh = eta * next_sigma / sigma * jnp.sqrt(jnp.maximum(sigma**2 - next_sigma**2, 0)) / next_alpha
         kept = jnp.sqrt(jnp.maximum(next_sigma**2 - fresh**2, 0))
-        return next_alpha * data + kept * noise + fresh * step_noise(keys_B, i, x.shape[1:])
+        drawn = temperature * step_noise(keys_B, i, x.shape[1:])
+        if noise_dropout:
+            drawn *= dropout_mask(keys_B, i, x.shape[1:], noise_dropout)
+        return next_alpha * data + kept * noise + fresh * drawn
 
     return jax.lax.fori_loop(0, count, step, jnp.asarray(x, jnp.float32))
 
@@ -261,6 +268,13 @@ def _data_and_noise(
 def step_noise(keys_B: jax.Array, step: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """float32 [B, *shape] for one step of a random sampler."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys_B)
+
+
+def dropout_mask(keys_B: jax.Array, step: ArrayLike, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """float32 [B, *shape] for one step: 0 at a share `rate` of places, 1 / (1 - rate) at the others."""
+    # Beyond all steps, so that no key is one of `step_noise`.
+    masks = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2**16 + step), 1 - rate, shape))
+    return masks(keys_B) / (1 - rate)
 
 
 def guided(without: jax.Array, with_text: jax.Array, scale: ArrayLike, rescale: ArrayLike = 0.0) -> jax.Array:

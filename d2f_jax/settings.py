@@ -46,6 +46,7 @@ _CHOICES = {
     "train.schedule": get_args(optim.Schedule),
     "train.first_moment_dtype": ("float32", "bfloat16"),
 }
+_SAMPLER_OPTIONS = ("shift", "begin", "eta", "temperature", "noise_dropout", "rtol", "atol")
 _LORA_GROUPS = ("self_attention", "cross_attention", "conv", "mlp")
 _LEAST = {
     "seed": 0,
@@ -262,7 +263,7 @@ def reflow_sampler(config: Config) -> Sampler:
 
 
 def _sampler(section: Any) -> Sampler:
-    given = {name: section[name] for name in ("shift", "begin", "eta", "rtol", "atol")}
+    given = {name: section[name] for name in _SAMPLER_OPTIONS}
     return Sampler(section.sampler, **given, spacing=section.spacing or None, sde=SDE(**section.sde))
 
 

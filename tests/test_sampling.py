@@ -280,6 +280,38 @@ def test_ddim_with_noise_is_that_of_diffusers(kind: str, eta: float) -> None:
     assert_close(np.asarray(ours), x.numpy(), tolerance=2e-5)
 
 
+def test_temperature_and_dropout_are_of_the_noise_that_is_drawn() -> None:
+    """A step of diffusers' that is handed other noise: half of it, a quarter of its values 0 and the others 4/3."""
+    schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
+    theirs = diffusers.DDIMScheduler(**config(SD, "epsilon"), clip_sample=False, steps_offset=1)
+    theirs.set_timesteps(8)
+    x, masks = torch.tensor(NOISE), []
+    for i, tau in enumerate(theirs.timesteps):
+        drawn = np.asarray(sampling.step_noise(KEYS, i, NOISE.shape[1:]))
+        masks.append(np.asarray(sampling.dropout_mask(KEYS, i, NOISE.shape[1:], 0.25)))
+        noise = torch.tensor(0.5 * drawn * masks[-1])
+        x = theirs.step(network(x, tau), tau, x, eta=0.6, variance_noise=noise).prev_sample
+    sampler = Sampler("ddim", eta=0.6, temperature=0.5, noise_dropout=0.25)
+    grid = sampler.grid(schedule, ALIGNED, {"steps_offset": 1}, 8)
+    ours = sampler.sample(schedule, ALIGNED, network, jnp.asarray(NOISE), grid, set_alpha_to_one=True, keys_B=KEYS)
+    assert_close(np.asarray(ours), x.numpy(), tolerance=2e-5)
+    assert np.mean(np.array(masks) == 0) == pytest.approx(0.25, abs=0.05)
+    np.testing.assert_allclose(np.unique(masks), [0, 4 / 3], rtol=1e-6)
+    assert np.abs(masks[0] - masks[1]).max() > 1 and np.abs(masks[0][0] - masks[0][1]).max() > 1
+
+
+def test_at_temperature_zero_nothing_is_random() -> None:
+    schedule = NoiseSchedule.from_config(config(SD, "v_prediction"))
+    timesteps = sampling.ddim_timesteps(1000, 8)
+
+    def ddim(temperature: float, keys: jax.Array) -> np.ndarray:
+        options = {"eta": 0.8, "temperature": temperature, "keys_B": keys}
+        return np.asarray(sampling.ddim(schedule, network, jnp.asarray(NOISE), timesteps, 1.0, **options))
+
+    np.testing.assert_array_equal(ddim(0.0, KEYS), ddim(0.0, KEYS[::-1]))
+    assert ddim(0.0, KEYS).std() < ddim(1.0, KEYS).std() < ddim(1.5, KEYS).std()
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("num_steps", [20, 1000])
 def test_ddim_with_all_noise_is_ddpm(monkeypatch: pytest.MonkeyPatch, num_steps: int, kind: str) -> None:
@@ -367,6 +399,10 @@ def test_random_samplers_are_refused_to_a_flow_from_pictures(name: SamplerName) 
         ({"spacing": "quad", "name": "euler"}, "spacing='quad' is ddim's, not of sampler='euler'"),
         ({"eta": 1.0}, "eta=1.0 is DDIM's"),
         ({"shift": 2.0, "name": "ddim"}, "shift=2.0 is of flow time"),
+        ({"temperature": 0.5, "name": "ddim"}, "temperature=0.5, noise_dropout=0.0 are of the noise that DDIM draws"),
+        ({"noise_dropout": 0.5, "name": "euler"}, "with eta above 0; set eta, or leave them at 1 and 0"),
+        ({"temperature": -1.0, "name": "ddim", "eta": 1.0}, "temperature=-1.0: give 0 or more"),
+        ({"noise_dropout": 1.0, "name": "ddim", "eta": 1.0}, "noise_dropout=1.0: give a share from 0 to less than 1"),
     ],
 )
 def test_options_of_other_samplers_are_refused(options: dict, said: str) -> None:

@@ -98,6 +98,8 @@ def test_an_objective_that_is_not_known(file: ModuleType) -> None:
         ({"reflow.shift": 3.0}, "ddim has its own"),
         ({"eval.eta": 1.0}, "eta=1.0 is DDIM's, not of sampler='euler'"),
         ({"reflow.eta": 1.5}, "eta=1.5 is not between"),
+        ({"reflow.temperature": 0.9}, "are of the noise that DDIM draws with eta above 0"),
+        ({"eval.sampler": "ddim", "eval.eta": 1.0, "eval.noise_dropout": 1.0}, "give a share from 0 to less than 1"),
         (
             {"objective.name": "flow_matching", "eval.sampler": "ddim"},
             "sampler='ddim' is of diffusion models and of flows aligned with them",
@@ -134,8 +136,17 @@ def test_objectives_differ_by_what_they_align(changes: dict, aligned: set[str]) 
 
 
 def test_samplers_are_what_the_config_says() -> None:
-    config = changed(**{"eval.sampler": "ddim", "eval.eta": 0.5, "reflow.sampler": "heun", "reflow.shift": 2.0})
-    assert settings.eval_sampler(config) == Sampler("ddim", eta=0.5)
+    config = changed(
+        **{
+            "eval.sampler": "ddim",
+            "eval.eta": 0.5,
+            "eval.temperature": 0.9,
+            "eval.noise_dropout": 0.1,
+            "reflow.sampler": "heun",
+            "reflow.shift": 2.0,
+        }
+    )
+    assert settings.eval_sampler(config) == Sampler("ddim", eta=0.5, temperature=0.9, noise_dropout=0.1)
     assert settings.reflow_sampler(config) == Sampler("heun", shift=2.0)
     config = changed(
         **{
