@@ -108,21 +108,24 @@ def merged(part: Part) -> Part:
 class Preemption:
     """Turns SIGTERM, by which Slurm, Kubernetes and preempted TPU hosts warn, into a place where all processes stop.
 
-    With several processes a warning to any of them counts: JAX's coordination service agrees on the place.
+    SIGUSR1, by which Slurm may be asked to warn (`sbatch --signal=USR1@120`), is taken for it. With several processes a
+    warning to any of them counts: JAX's coordination service agrees on the place.
     """
 
     def __init__(self) -> None:
         self._received, self._asked = False, 0
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        if not jax.distributed.is_initialized():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {signal.SIGUSR1: _as_sigterm}
+        if not jax.distributed.is_initialized():  # else JAX has one of its own for SIGTERM, and knows of no other
+            handlers[signal.SIGTERM] = self._receive
+        self._previous = {warning: signal.signal(warning, handler) for warning, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._previous)
+        for warning, handler in self._previous.items():
+            signal.signal(warning, handler)
 
     def reached(self) -> bool:
         """Whether to stop here; to be asked again and again, at the same places by every process."""
@@ -134,6 +137,10 @@ class Preemption:
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
         self._received = True
+
+
+def _as_sigterm(_number: int, _frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _tell_losses() -> None:

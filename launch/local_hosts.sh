@@ -8,7 +8,8 @@ Usage: launch/local_hosts.sh N [option ...] [-- the program's argument ...]
 
 Starts N processes of `python -m d2f_jax.train`, prefixes their output with [p0], [p1], ..., and ends when all have
 ended. If one fails, the others are ended too, and the exit code is that of the first that failed. SIGINT and SIGTERM
-are passed on to all; after SIGTERM they save a checkpoint and end with exit code 75, and the same command goes on.
+are passed on to all, SIGUSR1 as SIGTERM; after that they save a checkpoint and end with exit code 75, and the same
+command goes on.
 
   --devices=K    CPU devices of each process; needs JAX_PLATFORMS=cpu
   --port=PORT    of the coordinator; a free one if not given
@@ -90,7 +91,7 @@ ask() { # all processes that still run, by a signal, to end within the grace
   deadline=${deadline:-$((SECONDS + grace))}
 }
 trap 'ask INT' INT
-trap 'ask TERM' TERM
+trap 'ask TERM' TERM USR1
 
 prefixed() {
   local line

@@ -645,13 +645,16 @@ def test_slurm_tells_when_it_cannot_requeue(services: Services, cluster_job: dic
     assert result.returncode == 75 and "submit the same command again" in result.stderr
 
 
-def test_slurm_hands_a_warning_on_and_waits(services: Services, cluster_job: dict[str, str]) -> None:
+@pytest.mark.parametrize("warning", [signal.SIGTERM, signal.SIGUSR1])
+def test_slurm_hands_a_warning_on_and_waits(
+    services: Services, cluster_job: dict[str, str], warning: signal.Signals
+) -> None:
     services.answer(("srun", [{"until": "warned", "code": 75}]), ("scancel", [{"touch": "warned"}]))
     job = subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sbatch"), *TRAINING], env={**services.environment, **cluster_job}
     )
     until(lambda: services.calls())
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(warning)
     assert job.wait(120) == 75
     assert services.calls()[1:] == [["scancel", "--signal=TERM", "7"], ["scontrol", "requeue", "Incomplete", "7"]]
 
@@ -798,10 +801,11 @@ def test_a_process_that_does_not_end_is_killed(code: int, ranks) -> None:
     assert exit_code == code and "killed" in errors
 
 
-def test_sigterm_reaches_all_processes(ranks) -> None:
+@pytest.mark.parametrize("warning", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_warning_reaches_all_processes(warning: signal.Signals, ranks) -> None:
     both = ranks("wait")
     both.pids()
-    both.launcher.send_signal(signal.SIGTERM)
+    both.launcher.send_signal(warning)
     exit_code, output, _ = both.end()
     assert exit_code == 75 and sorted(output.splitlines()) == ["[p0] saved", "[p1] saved"]
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import multiprocessing
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -223,6 +225,16 @@ def test_worker_processes_change_nothing(sources):
     helped.close()
     part.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("warning", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_the_warnings_of_schedulers(warning):
+    alone, helped = batches(Numbered(10)), batches(Numbered(10), num_workers=1, read_ahead=1)
+    for _ in range(2):
+        assert_same(next(helped), next(alone))
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, warning)
+    helped.close()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -309,10 +309,14 @@ def test_a_finished_run_is_not_trained_again(
     assert exported(finished) == before and lines(finished) == told
 
 
+WARNINGS = [signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("warning", WARNINGS)
 def test_a_warning_while_the_last_pictures_are_drawn_is_heeded(
-    finished: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, model: Path, monkeypatch: pytest.MonkeyPatch, warning: signal.Signals
 ) -> None:
-    monkeypatch.setattr(train, "export", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(train, "export", lambda *_: signal.raise_signal(warning))
     with pytest.raises(Preempted, match="after the training, which is saved"):
         train.train(shrunk(quickstart.get_config(), model), finished)
 
@@ -336,6 +340,30 @@ def test_a_warning_to_several_processes_is_remembered(monkeypatch: pytest.Monkey
     monkeypatch.setattr(distributed.multihost_utils, "reached_preemption_sync_point", lambda place: place == 2)
     with distributed.Preemption() as preemption:
         assert [preemption.reached() for _ in range(4)] == [False, True, True, True]
+
+
+def test_either_warning_is_heeded_until_the_run_has_ended() -> None:
+    before = [signal.getsignal(warning) for warning in WARNINGS]
+    for warning in WARNINGS:
+        with distributed.Preemption() as preemption:
+            assert not preemption.reached()
+            signal.raise_signal(warning)
+            assert preemption.reached() and preemption.reached()
+    assert [signal.getsignal(warning) for warning in WARNINGS] == before
+
+
+def test_among_several_processes_jax_is_told_of_either_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler, which agrees with the others on a place, is one of SIGTERM, and is left where it is."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+        for warning in WARNINGS:
+            with distributed.Preemption():
+                signal.raise_signal(warning)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM, signal.SIGTERM]
 
 
 def test_more_steps_than_timesteps_are_refused_before_training(model: Path, tmp_path: Path) -> None:

@@ -255,8 +255,9 @@ def _check_fit(fit: Fit, spec: Spec, latent_shape: tuple[int, int] | None) -> No
 
 
 def _outlive_warnings(_worker: int, _count: int) -> None:
-    """Schedulers send SIGTERM to every process of a job, but batches are needed until the run has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Schedulers warn every process of a job, but batches are needed until the run has saved."""
+    for warning in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(warning, signal.SIG_IGN)
 
 
 def _parse_flags() -> None:
