@@ -174,7 +174,7 @@ def sampling(section: ConfigDict, sampler: str) -> None:
     section.eta = 0.0  # of ddim: the share of noise that is drawn anew, 1 is DDPM
     section.temperature = 1.0  # times what eta draws
     section.noise_dropout = 0.0  # share of its values that are 0, the others larger in turn
-    section.rtol = 1e-3  # of dopri5, relative and absolute: how exact its steps are
+    section.rtol = 1e-3  # of dopri5 and its kin, relative and absolute: how exact their steps are
     section.atol = 1e-4
     section.sde = ConfigDict()  # of sde_euler and sde_heun: which noise is added, and their last step, without any
     section.sde.form = "sigma"

@@ -122,7 +122,8 @@ def evaluate(
 
 def column(config: Config, num_steps: int) -> str:
     """What results of so many steps are called."""
-    return "dopri5" if config.eval.sampler == "dopri5" else report.steps(num_steps)
+    sampler = settings.eval_sampler(config)
+    return sampler.name if sampler.is_adaptive else report.steps(num_steps)
 
 
 def load_judges(config: Config, inception: str | None, clip: str | None, *, kid: bool) -> Judges:

@@ -93,8 +93,10 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
         steps, ensemble = None, 1
         lowered = blueprint.lower_train(config, drawn, mesh)
     else:
-        if config.eval.sampler == "dopri5":
-            raise InputError("config.eval.sampler=dopri5 takes as many steps as it needs; plan with another sampler")
+        if (sampler := settings.eval_sampler(config)).is_adaptive:
+            raise InputError(
+                f"config.eval.sampler={sampler.name} takes as many steps as it needs; plan with another sampler"
+            )
         useful, steps, size = None, max(config.eval.step_counts), config.eval.batch_size
         rows, ensemble = blueprint.rows_drawn(config, mesh), blueprint.estimates(config)
         lowered = blueprint.lower_sampler(config, drawn, mesh, steps)

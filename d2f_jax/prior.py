@@ -60,10 +60,10 @@ def scheduled(pipeline: Pipeline, config: Config) -> Pipeline:
 def check_steps(pipeline: Pipeline, config: Config) -> None:
     """Raises InputError for a number of `config.eval.step_counts` that its sampler cannot take with this model."""
     sampler, counts = eval_sampler(config), config.eval.step_counts
-    if sampler.name == "dopri5" and len(counts) > 1:
+    if sampler.is_adaptive and len(counts) > 1:
         raise InputError(
-            f"config.eval.step_counts={counts}: dopri5 takes as many steps as its tolerances ask for, each time; give "
-            "one number, as (1,)"
+            f"config.eval.step_counts={counts}: {sampler.name} takes as many steps as its tolerances ask for, each "
+            "time; give one number, as (1,)"
         )
     if max(counts) > (most := pipeline.schedule.num_train_timesteps):
         raise InputError(f"config.eval.step_counts={counts}: the model has {most} timesteps; give fewer")

@@ -44,7 +44,8 @@ _SAMPLER = flags.DEFINE_enum(
     "sampler",
     "euler",
     get_args(SamplerName),
-    "euler, heun, midpoint, rk4: steps in flow time; dopri5: as many as --rtol asks; sde_: random ones; ddim: for a "
+    "euler, heun, midpoint, rk4: steps in flow time; dopri5, dopri8, bosh3, adaptive_heun: as many as --rtol asks; "
+    "sde_: random ones; ddim: for a "
     "diffusion model as it came; ddim_on_flow_grid: the pictures of euler, by DDIM.",
 )
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "Steps of the sampler.", lower_bound=1)
@@ -63,8 +64,8 @@ _SDE_FORM = flags.DEFINE_enum("sde_form", "sigma", get_args(Form), "How the nois
 _SDE_NORM = flags.DEFINE_float("sde_norm", 1.0, "How much of it.", lower_bound=0.0)
 _SDE_LAST = flags.DEFINE_enum("sde_last_step", "euler", get_args(LastStep), "Their last step, which adds no noise.")
 _SDE_LAST_SIZE = flags.DEFINE_float("sde_last_step_size", 0.04, "Of flow time.", 0.0, 1.0)
-_RTOL = flags.DEFINE_float("rtol", 1e-3, "Relative tolerance of dopri5.", lower_bound=1e-7)
-_ATOL = flags.DEFINE_float("atol", 1e-4, "Absolute tolerance of dopri5.", lower_bound=1e-7)
+_RTOL = flags.DEFINE_float("rtol", 1e-3, "Relative tolerance of steps by tolerance.", lower_bound=1e-7)
+_ATOL = flags.DEFINE_float("atol", 1e-4, "Absolute tolerance of steps by tolerance.", lower_bound=1e-7)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance; 1 is none.")
 _RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1; 0.7 keeps strong guidance from glaring.", 0.0, 1.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise; image i of a seed is always the same.")

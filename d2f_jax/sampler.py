@@ -14,13 +14,11 @@ from d2f_jax import alignment, sampling, sde
 from d2f_jax.alignment import Alignment
 from d2f_jax.errors import InputError
 from d2f_jax.flow import Begin
-from d2f_jax.sampling import Predict, Spacing
+from d2f_jax.sampling import Adaptive, Predict, Solver, Spacing
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.sde import SDE
 
-SamplerName = Literal[
-    "euler", "heun", "midpoint", "rk4", "dopri5", "sde_euler", "sde_heun", "ddim", "ddim_on_flow_grid"
-]
+SamplerName = Literal[Solver, Adaptive, "sde_euler", "sde_heun", "ddim", "ddim_on_flow_grid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Sampler:
     """How to sample.
 
     - "euler", "heun", "midpoint", "rk4": steps in flow time, of 1, 2, 2 and 4 evaluations of the network.
-    - "dopri5": as many steps as `rtol` and `atol` ask for.
+    - "dopri5", "dopri8", "bosh3", "adaptive_heun": as many steps as `rtol` and `atol` ask for.
     - "sde_euler", "sde_heun": random steps in flow time, as `sde` has them.
     - "ddim": the checkpoint's own timesteps, for a diffusion model as it came; with `eta=1` it is DDPM, whose last step
       always goes to data. `temperature` scales the noise that `eta` draws, `noise_dropout` is the share of it left out.
@@ -76,12 +74,17 @@ class Sampler:
             raise InputError(f"shift={self.shift}: give a positive number, 1 for uniform steps")
         if self.name == "ddim" and self.shift != 1:
             raise InputError(f"shift={self.shift} is of flow time, and ddim has its own; use ddim_on_flow_grid")
-        if self.name == "dopri5" and self.shift != 1:
-            raise InputError(f"shift={self.shift} is of a grid's steps, and dopri5 finds its own; use 1")
+        if self.is_adaptive and self.shift != 1:
+            raise InputError(f"shift={self.shift} is of a grid's steps, and {self.name} finds its own; use 1")
 
     @property
     def is_ddim(self) -> bool:
         return self.name in ("ddim", "ddim_on_flow_grid")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether it takes as many steps as it needs, whatever number of them is asked for."""
+        return self.name in sampling.ADAPTIVE
 
     @property
     def is_sde(self) -> bool:
@@ -124,9 +127,9 @@ class Sampler:
         length = max(64, 1 << (num_steps - 1).bit_length())
         late = how.complete and at_noise and self.begin == "last_timestep"
         flow_grid = sampling.flow_grid(schedule, num_steps, shift=self.shift, aligned=late)
+        if self.is_adaptive:
+            return flow_grid[[0, -1]]
         match self.name:
-            case "dopri5":
-                return flow_grid[[0, -1]]
             case "sde_euler" | "sde_heun":
                 noisy = sde.grid(self.sde, float(flow_grid[0]), num_steps, self.shift)
                 return sampling.pad_grid(noisy, length + 1)
@@ -166,8 +169,8 @@ class Sampler:
         field = alignment.velocity_field(schedule, predict, how)
         x = sampling.from_noise(noise, grid[0])
         match self.name:
-            case "dopri5":
-                return sampling.solve_adaptive(field, x, grid[0], grid[-1], rtol=self.rtol, atol=self.atol)
+            case "dopri5" | "dopri8" | "bosh3" | "adaptive_heun":
+                return sampling.solve_adaptive(field, x, grid[0], grid[-1], self.name, rtol=self.rtol, atol=self.atol)
             case "sde_euler" | "sde_heun":
                 solver = "euler" if self.name == "sde_euler" else "heun"
                 return sde.solve(self.sde, field, x, grid, keys_B, solver, how.flow_path)
@@ -213,13 +216,13 @@ class Sampler:
         match self.name:
             case "euler" | "heun" | "midpoint" | "rk4":
                 x = sampling.solve(field, data, sampling.reversed_grid(grid), self.name)
-            case "dopri5":
-                x = sampling.solve_adaptive(field, data, grid[-1], grid[0], rtol=self.rtol, atol=self.atol)
+            case "dopri5" | "dopri8" | "bosh3" | "adaptive_heun":
+                x = sampling.solve_adaptive(field, data, grid[-1], grid[0], self.name, rtol=self.rtol, atol=self.atol)
             case name:
                 eta = f" with eta={self.eta}" if self.eta else ""
                 raise InputError(
-                    f"sampler={name!r}{eta} is random and has no way back; invert with euler, heun, midpoint, rk4, "
-                    "dopri5 or ddim"
+                    f"sampler={name!r}{eta} is random and has no way back; invert with euler, another solver of "
+                    "the flow, or ddim"
                 )
         return sampling.to_noise(x, jnp.asarray(grid)[0])
 

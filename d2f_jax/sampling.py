@@ -21,6 +21,7 @@ from d2f_jax.schedule import NoiseSchedule
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, scalar t) -> velocity
 Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x_tau, scalar tau) -> the diffusion network's prediction
 Solver = Literal["euler", "heun", "midpoint", "rk4"]
+Adaptive = Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]
 Spacing = Literal["leading", "trailing", "linspace", "quad"]
 
 
@@ -42,6 +43,14 @@ TABLEAUS: dict[Solver, Tableau] = {
     "heun": _tableau([[0, 0], [1, 0]], [1 / 2, 1 / 2]),
     "midpoint": _tableau([[0, 0], [1 / 2, 0]], [0, 1]),
     "rk4": _tableau([[0, 0, 0, 0], [1 / 2, 0, 0, 0], [0, 1 / 2, 0, 0], [0, 0, 1, 0]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+}
+
+# By torchdiffeq's names: of orders 5, 8, 3 and 2.
+ADAPTIVE: dict[Adaptive, diffrax.AbstractERK] = {
+    "dopri5": diffrax.Dopri5(),
+    "dopri8": diffrax.Dopri8(),
+    "bosh3": diffrax.Bosh3(),
+    "adaptive_heun": diffrax.Heun(),
 }
 
 
@@ -121,15 +130,22 @@ def _runge_kutta(velocity: Velocity, grid: jax.Array, solver: Solver) -> Callabl
 
 
 def solve_adaptive(
-    velocity: Velocity, x: jax.Array, first: ArrayLike, last: ArrayLike, *, rtol: float, atol: float
+    velocity: Velocity,
+    x: jax.Array,
+    first: ArrayLike,
+    last: ArrayLike,
+    solver: Adaptive = "dopri5",
+    *,
+    rtol: float,
+    atol: float,
 ) -> jax.Array:
-    """Dormand and Prince's method of fifth order from time `first` to `last`, steps chosen for the whole batch.
+    """From time `first` to `last`, by steps that are chosen for the whole batch.
 
     Fails at run time if 4096 steps are not enough.
     """
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, x, _: velocity(x, jnp.asarray(t))),
-        diffrax.Dopri5(),
+        ADAPTIVE[solver],
         t0=jnp.asarray(first, jnp.float32),
         t1=jnp.asarray(last, jnp.float32),
         dt0=None,

@@ -204,32 +204,34 @@ def test_a_trajectory_is_the_states_at_all_points(solver: sampling.Solver) -> No
         np.testing.assert_allclose(states[i], sampling.solve(swirl, NOISE, grid[: i + 1], solver), rtol=1e-6, atol=1e-6)
 
 
-def test_adaptive_steps_are_as_many_as_the_tolerance_asks() -> None:
-    """Of fifth order: a tolerance 1000 times smaller takes about four times the steps."""
-    evaluations = []
+@pytest.mark.parametrize(("solver", "order"), [("dopri5", 5), ("dopri8", 8), ("bosh3", 3), ("adaptive_heun", 2)])
+def test_adaptive_steps_are_as_many_as_the_tolerance_asks(solver: sampling.Adaptive, order: int) -> None:
+    """A method of order p takes 1000^(1/p) times the steps for a tolerance 1000 times smaller."""
+    evaluations, turns = [], 10 if order == 2 else 30
 
     def turning(x: jax.Array, t: jax.Array) -> jax.Array:
         jax.debug.callback(lambda t: evaluations.append(t), t)
-        return 30 * jnp.stack([-x[..., 1], x[..., 0]], axis=-1)
+        return turns * jnp.stack([-x[..., 1], x[..., 0]], axis=-1)
 
     naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
     schedule, x = NoiseSchedule.from_config(config(SD, "epsilon")), jnp.array([[1.0, 0.0]])
     errors, counts, tolerances = [], [], np.array([1e-2, 1e-3, 1e-4, 1e-5])
     for tolerance in tolerances:
-        sampler = Sampler("dopri5", rtol=tolerance, atol=tolerance)
+        sampler = Sampler(solver, rtol=tolerance, atol=tolerance)
         evaluations.clear()
         grid = sampler.grid(schedule, naive, {}, 4)
         end = sampler.sample(schedule, naive, turning, x, grid, set_alpha_to_one=True, keys_B=KEYS[:1])
         jax.effects_barrier()
-        errors.append(np.abs(end[0] - np.array([np.cos(30), np.sin(30)])).max())
+        errors.append(np.abs(end[0] - np.array([np.cos(turns), np.sin(turns)])).max())
         counts.append(len(evaluations))
     assert all(3 * finer < coarser for coarser, finer in itertools.pairwise(errors)) and errors[-1] < 1e-3
-    assert -np.polyfit(np.log(tolerances), np.log(counts), 1)[0] == pytest.approx(1 / 5, abs=0.05)
+    assert -np.polyfit(np.log(tolerances), np.log(counts), 1)[0] == pytest.approx(1 / order, abs=0.05)
 
 
-def test_adaptive_steps_meet_their_tolerance() -> None:
+@pytest.mark.parametrize("solver", sampling.ADAPTIVE)
+def test_adaptive_steps_meet_their_tolerance(solver: sampling.Adaptive) -> None:
     for ends in ((0.1, 1.0), (1.0, 0.1)):
-        x = sampling.solve_adaptive(swirl, jnp.asarray(NOISE), *ends, rtol=1e-5, atol=1e-5)
+        x = sampling.solve_adaptive(swirl, jnp.asarray(NOISE), *ends, solver, rtol=1e-5, atol=1e-5)
         assert np.abs(x - exact_swirl(NOISE, *ends)).mean() < 1e-4
 
 
@@ -348,7 +350,7 @@ def test_the_published_sampler_begins_at_zero(base: dict) -> None:
 @pytest.mark.parametrize("name", get_args(SamplerName))
 def test_samplers_walk_the_grid_that_they_are_asked_for(name: SamplerName) -> None:
     schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
-    shift = 1.0 if name in ("ddim", "dopri5") else 3.0
+    shift = 1.0 if name in ("ddim", *sampling.ADAPTIVE) else 3.0
     ours = Sampler(name, shift=shift).grid(schedule, ALIGNED, {"timestep_spacing": "trailing"}, 6)
     flow_grid = sampling.flow_grid(schedule, 6, shift=shift)
     match name:
@@ -360,7 +362,7 @@ def test_samplers_walk_the_grid_that_they_are_asked_for(name: SamplerName) -> No
             expected = alignment.diffusion_timestep(schedule, flow_grid[:-1])
         case "sde_euler" | "sde_heun":
             expected = sde.grid(SDE(), float(flow_grid[0]), 6, shift)
-        case "dopri5":
+        case "dopri5" | "dopri8" | "bosh3" | "adaptive_heun":
             expected = flow_grid[[0, -1]]
         case _:
             expected = flow_grid
