@@ -1,13 +1,14 @@
 """Judges a checkpoint on held-out captions, or on pictures with depth: one table, and the same numbers as JSON.
 
     python -m d2f_jax.evaluate --config=configs/X.py --out=DIR [--model=MODEL] [--lora=FILE]
-        [--lora_scale=1] [--inception=FILE] [--kid] [--clip=MODEL]
+        [--lora_scale=1] [--inception=FILE] [--kid] [--clip=MODEL] [--bits]
 
 Draws `config.eval.num_images` held-out captions with `config.eval`'s sampler, guidance and seed, for each of its
 numbers of steps, and compares with their pictures: by PSNR and SSIM one by one, and all together by what is there.
 ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's weights, the CLIP score a CLIP model.
-What is not given is named and gets no number. Estimates from few pictures are biased: compare only what has the same
-number of them. DIR receives `scores.json`, `scores.md` and `samples.png`.
+With --bits, as many bits per dimension as the pictures' latents take under the diffusion model, by the variational
+bound of a chain of as many steps. What is not given is named and gets no number. Estimates from few pictures are
+biased: compare only what has the same number of them. DIR receives `scores.json`, `scores.md` and `samples.png`.
 
 How a model flows is what its export, or its file of adapters, records: `config.objective`, and all else of training,
 has no part in it. A `config.task` other than the model's is refused.
@@ -76,6 +77,7 @@ def main() -> None:
         inception=given.inception,
         kid=given.kid,
         clip=given.clip,
+        bits=given.bits,
     )
 
 
@@ -89,6 +91,7 @@ def evaluate(
     inception: str | None = None,
     kid: bool = False,
     clip: str | None = None,
+    bits: bool = False,
 ) -> Found:
     """Scores by number of steps; writes them, and pictures, into `folder`. The options are the program's.
 
@@ -96,8 +99,12 @@ def evaluate(
     """
     settings.check_values(config)
     mesh, of_depth = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), datasets.of_depth(config)
-    if of_depth and (inception or clip or kid):
-        raise InputError("--inception, --kid and --clip judge pictures, and this config tells depth; leave them out")
+    if of_depth and (inception or clip or kid or bits):
+        raise InputError(
+            "--inception, --kid, --clip and --bits judge pictures, and this config tells depth; leave them out"
+        )
+    if bits and settings.eval_sampler(config).is_adaptive:
+        raise InputError(f"--bits is of a number of steps, and {config.eval.sampler} finds its own; leave it out")
     judges = None if of_depth else load_judges(config, inception, clip, kid=kid)
     loaded = prior.load_as_it_is(config, adapters=lora, lora_scale=lora_scale, convention=convention)
     pipeline = loaded.on_mesh(mesh)
@@ -111,7 +118,7 @@ def evaluate(
         examples = data.reading(count, functools.partial(check_measured, how))
         told = depth_scores(config, pipeline, examples, count, how)
     else:
-        told = picture_scores(config, pipeline, data.reading(count), count, judges)
+        told = picture_scores(config, pipeline, data.reading(count), count, judges, bits=bits)
     if distributed.is_main():
         judged_by = {"depth": protocol} if of_depth else {"inception": inception, "clip": clip}
         adapters = {"lora": lora} | ({"lora_scale": lora_scale} if lora else {})
@@ -138,10 +145,12 @@ def load_judges(config: Config, inception: str | None, clip: str | None, *, kid:
     return judges
 
 
-def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Example], count: int, judges: Judges) -> Told:
+def picture_scores(
+    config: Config, pipeline: Pipeline, examples: Iterable[Example], count: int, judges: Judges, *, bits: bool = False
+) -> Told:
     """Of what is drawn for the captions of at most `count` examples, compared with their pictures.
 
-    A batch of them is held at a time.
+    A batch of them is held at a time; for `bits`, which all devices tell together, by every process.
     """
     wanted, fit, judged = config.eval, datasets.plain_fit(config), 0
     sampler = settings.eval_sampler(config)
@@ -156,12 +165,17 @@ def picture_scores(config: Config, pipeline: Pipeline, examples: Iterable[Exampl
             texts, kept = [example["text"] for example in chunk], max(0, wanted.grid_images - judged)
             notes += [f"{judged + i}. {text}" for i, text in enumerate(texts[:kept], 1)]
             mine = np.arange(jax.process_index(), len(chunk), jax.process_count())
-            pictures = np.array([make_row(chunk[i], fit, prepare.AS_IT_IS)["image"] for i in mine])
+            read = np.arange(len(chunk)) if bits else mine
+            given = np.array([make_row(chunk[i], fit, prepare.AS_IT_IS)["image"] for i in read])
+            pictures, known = given[mine] if bits else given, {}
             real = real.add_real(judges, judged + mine, pictures)
             for num_steps in wanted.step_counts:
+                if bits:
+                    options = {"num_steps": num_steps, "seed": wanted.seed, "first": judged}
+                    known = {"bits_per_dim": pipeline.bits_per_dim(given, texts, **options)[mine]}
                 images = draw_captions(config, pipeline, sampler, texts, judged, num_steps)
                 seen = judges, judged + mine, images[mine], [texts[i] for i in mine], pictures
-                drawn[num_steps] = drawn[num_steps].add_drawn(*seen)
+                drawn[num_steps] = drawn[num_steps].add_drawn(*seen, known)
                 cells[column(config, num_steps)].append(images[:kept].copy())  # a view would keep all of them
                 bar.update(len(chunk) * num_steps)
             judged += len(chunk)
@@ -329,4 +343,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("inception", None, "InceptionV3's weights for FID, as safetensors.")
     flags.DEFINE_bool("kid", False, "KID too, which keeps the features of every picture: 8 kB each.")
     flags.DEFINE_string("clip", None, "CLIP model for the CLIP score: a transformers folder or hub id.")
+    flags.DEFINE_bool("bits", False, "Bits per dimension of the pictures' latents, by the variational bound.")
     program.run(main)

@@ -78,15 +78,19 @@ class Gathered:
         images_NxHxWx3: np.ndarray,
         texts: Sequence[str],
         real_NxHxWx3: np.ndarray,
+        known: dict[str, np.ndarray],
     ) -> "Gathered":
-        """Likewise those drawn of `texts`, beside the real pictures that these belong to."""
+        """Likewise those drawn of `texts`, beside the real pictures that these belong to, and what is `known` of them.
+
+        That is values [N] by name, of which the means are told.
+        """
         if not len(index_N):
             return self
         pair = images_NxHxWx3, real_NxHxWx3
         values = {"psnr": metrics.psnr(*pair, data_range=255), "ssim": metrics.ssim(*pair, data_range=255)}
         if judges.clip is not None:
             values["clip_score"] = judges.clip(images_NxHxWx3, texts)
-        return self._add(judges, index_N, images_NxHxWx3, texts, values)
+        return self._add(judges, index_N, images_NxHxWx3, texts, values | known)
 
     def _add(
         self, judges: Judges, index_N: np.ndarray, images: np.ndarray, texts: Sequence[str], values: dict[str, Any]

@@ -308,6 +308,23 @@ class Pipeline:
         keys = np.zeros((len(prompts), 2), np.uint32)
         return self._run(how, "invert", prompts, negative_prompt, images, keys, None, num_steps, (guidance_scale, 0.0))
 
+    def bits_per_dim(
+        self, images: np.ndarray, prompt: str | Sequence[str], *, num_steps: int = 50, seed: int = 0, first: int = 0
+    ) -> np.ndarray:
+        """Bits per dimension, float32 [B], that the latents of uint8 `images` [B, H, W, 3] take, given their prompts.
+
+        The variational bound of `likelihood.variational_bound`, at `num_steps` timesteps between the first and the
+        last, of the latents' means as the UNet sees them; noise is that of the images `first`, `first + 1`, ... of a
+        seed. Raises InputError for a flow that is no diffusion model.
+        """
+        if not self.alignment.complete:
+            raise InputError("bits per dimension are of diffusion models and of flows aligned with them; leave it out")
+        self._require(of_pictures=False)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        keys = jax.random.key_data(random_keys(seed, first + STEPS, len(prompts)))
+        how = Sampler("ddim", eta=1.0, spacing="linspace")
+        return self._run(how, "bits", prompts, "", images, keys, None, num_steps, (1.0, 0.0))
+
     def grid(self, sampler: Sampler, num_steps: int) -> np.ndarray:
         """The times of `sampler`'s steps with this model; raises InputError as `Sampler.grid`."""
         at_noise = self.task.start == "noise"

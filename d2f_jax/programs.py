@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2f_jax import lora, sampling, sharding
+from d2f_jax import likelihood, lora, sampling, sharding
 from d2f_jax.alignment import Alignment
 from d2f_jax.models.devices import split_over
 from d2f_jax.sampler import Sampler
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.task import Task
 
-Direction = Literal["sample", "trajectory", "invert"]
+Direction = Literal["sample", "trajectory", "invert", "bits"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,15 @@ def make_program(
 ) -> Callable[..., jax.Array]:
     """`make_latents` jitted, with latents decoded: to uint8 images [B, H, W, 3], or depth float32 [B, H, W].
 
-    Depth is from 0, near, to 1, far. What "invert" gives stays noise; of a "trajectory" [B, N+1, ...] all is decoded.
+    Depth is from 0, near, to 1, far. What "invert" and "bits" give
+    stays as it is; of a "trajectory" [B, N+1, ...] all is decoded.
     """
     compute = make_latents(model, how, direction, guided)
 
     @split_over(mesh)
     def program(unet_state, vae_state, *rest):
         latents = compute(unet_state, vae_state, *rest)
-        if direction == "invert":
+        if direction in ("invert", "bits"):
             return latents
 
         def decoded(latents: jax.Array) -> jax.Array:
@@ -65,6 +66,7 @@ def make_program(
 def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool) -> Callable[..., jax.Array]:
     """Parameters, token ids, noise, keys, grid and guidance to latents as the UNet sees them; "invert" images to noise.
 
+    "bits" is images to bits per dimension [B] of their latents, by `likelihood.variational_bound` on the grid.
     Of a "trajectory" they are [B, N+1, H, W, C], the flow's states at all points of the grid.
 
     `(unet, vae, text_encoder, adapters, ids_BxL, negative_BxL, start, keys_Bx2, pictures, grid, (scale, rescale))`;
@@ -94,6 +96,9 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
             both = unet(jnp.concatenate([x, x]), jnp.concatenate([tau_B, tau_B]), text_BxLxD)
             return sampling.guided(*jnp.split(both, 2), scale=guidance[0], rescale=guidance[1])
 
+        if direction == "bits":
+            keys_B = jax.random.wrap_key_data(keys)
+            return likelihood.variational_bound(model.schedule, predict, encode(start), grid, keys_B).bits
         if direction == "invert":
             return how.invert(
                 model.schedule,

@@ -222,7 +222,7 @@ def ddim(
     count, alphas, sigmas = _levels(schedule, timesteps, final_alpha_cumprod)
 
     def step(i: jax.Array, x: jax.Array) -> jax.Array:
-        data, noise = _data_and_noise(schedule, predict(x, timesteps[i]), x, alphas[i], sigmas[i])
+        data, noise = data_and_noise(schedule, predict(x, timesteps[i]), x, alphas[i], sigmas[i])
         sigma, next_alpha, next_sigma = sigmas[i], alphas[i + 1], sigmas[i + 1]
         if keys_B is None:
             return next_alpha * data + next_sigma * noise
@@ -249,7 +249,7 @@ def ddim_inverse(
 
     def step(k: jax.Array, x: jax.Array) -> jax.Array:
         i = count - 1 - k
-        data, noise = _data_and_noise(schedule, predict(x, timesteps[i]), x, alphas[i + 1], sigmas[i + 1])
+        data, noise = data_and_noise(schedule, predict(x, timesteps[i]), x, alphas[i + 1], sigmas[i + 1])
         return alphas[i] * data + sigmas[i] * noise
 
     return jax.lax.fori_loop(0, count, step, jnp.asarray(x, jnp.float32))
@@ -267,7 +267,7 @@ def _levels(
     return count, alphas, jnp.append((1 - t) * s, 0.0).at[count].set(jnp.sqrt(1 - final))
 
 
-def _data_and_noise(
+def data_and_noise(
     schedule: NoiseSchedule, prediction: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What a prediction at the diffusion state `x` takes for its data and its noise, float32."""

@@ -121,6 +121,8 @@ def test_steps_by_tolerance_are_one_column(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dopri5 takes as many steps as its tolerances ask for, each time; give one"):
         evaluate(adaptive, tmp_path)
     adaptive.eval.step_counts = (1,)
+    with pytest.raises(InputError, match="--bits is of a number of steps, and dopri5 finds its own; leave it out"):
+        evaluate(adaptive, tmp_path, bits=True)
     evaluate(adaptive, tmp_path)
     header = (tmp_path / "scores.md").read_text().splitlines()[0]
     assert [cell.strip() for cell in header.split("|")[2:-1]] == ["dopri5"]
@@ -133,7 +135,7 @@ def test_shares_of_processes_are_the_whole() -> None:
     texts = ["a red cube", "a blue sphere"] * 5
 
     def gathered(parts: list[np.ndarray]) -> tuple[Gathered, Gathered]:
-        seen = [Gathered().add_drawn(judges, n, drawn[n], [texts[i] for i in n], real[n]) for n in parts]
+        seen = [Gathered().add_drawn(judges, n, drawn[n], [texts[i] for i in n], real[n], {}) for n in parts]
         shown = [Gathered().add_real(judges, n, real[n]) for n in parts]
         return functools.reduce(Gathered.merge, seen, Gathered()), functools.reduce(Gathered.merge, shown, Gathered())
 
@@ -182,17 +184,19 @@ def test_a_model_is_judged_as_it_flows(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["alignment"] == dataclasses.asdict(NAIVE)
     with pytest.raises(InputError, match="sampler='ddim' is of diffusion models and of flows aligned with them"):
         evaluate(config(tmp_path / "naive", **{"eval.sampler": "ddim"}), tmp_path / "out")
+    with pytest.raises(InputError, match="bits per dimension are of diffusion models and of flows aligned with them"):
+        evaluate(config(tmp_path / "naive"), tmp_path / "out", bits=True)
 
 
 def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Path, tmp_path: Path) -> None:
     wanted = config(model, **{"data.sources": (f"shapes_world:{tmp_path / 'data'}",), "train.batch_size": 3})
-    found = evaluate(wanted, tmp_path / "one", clip=str(clip))
+    found = evaluate(wanted, tmp_path / "one", clip=str(clip), bits=True)
     usual = flat(quickstart.get_config().to_dict())
     changes = {key: value for key, value in flat(wanted.to_dict()).items() if value != usual[key]}
     del changes["config.model"]
     command = ["launch/local_hosts.sh", "2", "--devices=1", "--module=d2f_jax.evaluate", "--"]
     command += ["--config=configs/quickstart.py", *(f"--{key}={value}" for key, value in changes.items())]
-    command += [f"--model={model}", f"--clip={clip}", f"--out={tmp_path / 'two'}"]
+    command += [f"--model={model}", f"--clip={clip}", "--bits", f"--out={tmp_path / 'two'}"]
     environment = {**os.environ, "PYTHON": sys.executable}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -202,7 +206,11 @@ def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Pat
         assert other[str(num_steps)] == pytest.approx(values, rel=1e-2)
     source = shapes_world(tmp_path / "data", size=24, split="validation", num_train=1, num_validation=8)
     texts = [source[i]["text"] for i in range(COUNT)]
-    score = metrics.load_clip_score(clip)(Pipeline.from_pretrained(model)(texts, num_steps=3, **HOW), texts)
+    pipeline = Pipeline.from_pretrained(model)
+    real = np.stack([source[i]["image"][4:20] for i in range(COUNT)])
+    bits = pipeline.bits_per_dim(real, texts, num_steps=3, seed=1234)
+    assert found[3]["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-3) and bits.std() > 0
+    score = metrics.load_clip_score(clip)(pipeline(texts, num_steps=3, **HOW), texts)
     assert found[3]["clip_score"] == pytest.approx(score.mean(), rel=1e-2) and score.std() > 0
 
 

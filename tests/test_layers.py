@@ -8,7 +8,7 @@ import d2f_jax
 ROOT = Path(d2f_jax.__file__).parent
 LAYERS = [
     {"errors"},
-    {"schedule", "flow", "alignment", "sampling", "sde", "sampler"},
+    {"schedule", "flow", "alignment", "sampling", "sde", "sampler", "likelihood"},
     {"models", "lora", "task"},
     {"chips", "distributed", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
     {"checkpoint", "data", "lora_files", "lora_foreign", "metrics", "oracle", "report", "torch_files", "weights"},
