@@ -36,7 +36,10 @@ class SDE:
 
 
 def diffusion_weight(sde: SDE, t: ArrayLike, path: Path = LINEAR) -> jax.Array:
-    """w(t), float32. "SBDM" is that of the diffusion with the same marginals, infinite at t = 0."""
+    """w(t), float32. "SBDM" is that of the diffusion with the same marginals, infinite at t = 0.
+
+    A start just behind 0 is no way out: the first step of size h from there moves the state by h/t times itself.
+    """
     t = jnp.asarray(t, jnp.float32)
     point = path.at(t)
     match sde.form:
@@ -71,7 +74,10 @@ def grid(sde: SDE, first: float, num_steps: int, shift: float = 1.0) -> np.ndarr
     Raises InputError where w is infinite, and where there is no room for the last step.
     """
     if sde.form == "SBDM" and first == 0:
-        raise InputError("the SDE form SBDM is infinite at t = 0, where this flow begins; use sigma")
+        raise InputError(
+            "the SDE form SBDM is infinite at t = 0, where this flow begins; use sigma, or begin=last_timestep with an "
+            "aligned flow whose last timestep is not all noise"
+        )
     if sde.last_step == "none":
         return (first + (1 - first) * flow.shifted(np.linspace(0.0, 1.0, num_steps + 1), shift)).astype(np.float32)
     if num_steps < 2 or not 0 < sde.last_step_size < 1 - first:

@@ -81,6 +81,16 @@ def test_the_flow_reaches_the_data(path: Path) -> None:
     np.testing.assert_allclose(end, x * jnp.sqrt(variance(1, path) / variance(0, path)), rtol=1e-4)
 
 
+def test_a_sampler_begins_at_noise_without_the_path_s_width() -> None:
+    """So what it reaches is narrower than the path's end by what it began below the path's start."""
+    schedule, path, sampler = NoiseSchedule.from_config(config(SD, "epsilon")), Path(sigma_min=0.3), Sampler("rk4")
+    naive = Alignment(timestep=False, state=False, velocity=False, raw_time=True, sigma_min=0.3)
+    field, x = functools.partial(velocity, path=path), jnp.linspace(-2, 2, 8)[:, None]
+    grid, keys = sampler.grid(schedule, naive, {}, 64), jax.random.split(KEY, 8)
+    ends = sampler.sample(schedule, naive, field, x, grid, set_alpha_to_one=True, keys_B=keys)
+    np.testing.assert_allclose(ends, x * jnp.sqrt(variance(1, path) / (1 + 0.3**2)), rtol=1e-4)
+
+
 @each_path
 @pytest.mark.parametrize("form", get_args(sde.Form))
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -184,7 +194,7 @@ def test_padding_and_other_rows_change_nothing() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="SBDM is infinite at t = 0"):
+    with pytest.raises(InputError, match=r"SBDM is infinite at t = 0, .* use sigma, or begin=last_timestep with an"):
         sde.grid(SDE("SBDM"), 0.0, 10)
     with pytest.raises(InputError, match="give 2 steps or more"):
         sde.grid(SDE(), 0.0, 1)
