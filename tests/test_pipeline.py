@@ -180,6 +180,14 @@ def test_every_sampler_draws_what_the_prompt_says(tiny: Pipeline, sampler: Sampl
     assert np.abs(images[2:].astype(int) - again[:2]).max() <= (2 if sampler.name != "dopri5" else 40)
 
 
+def test_its_caption_makes_a_picture_likelier(tiny: Pipeline) -> None:
+    images = tiny(PROMPTS, num_steps=8, guidance_scale=3.0, seed=1)
+    right, wrong = (tiny.bits_per_dim(images, texts, num_steps=10, seed=2) for texts in (PROMPTS, PROMPTS[::-1]))
+    assert (right < wrong - 0.1).all()
+    alone = tiny.bits_per_dim(images[1:], PROMPTS[1], num_steps=10, seed=2, first=1)
+    np.testing.assert_allclose(alone, right[1:], atol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "num_steps"), [("heun", 20), ("ddim", 200)])
 def test_inversion_finds_noise_that_draws_the_same(tiny: Pipeline, name: SamplerName, num_steps: int) -> None:
     options = {"num_steps": num_steps, "sampler": Sampler(name)}
