@@ -46,6 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.task.adapters = False  # adapters of convolutions see it, too or instead (LoRAdapter)
     config.task.start = "noise"  # of the flow; "image" is the picture's latent
     config.task.start_noise = 0.0  # how far that is noised: 0 not at all, 1 to noise alone
+    config.task.pad_text = False  # the empty text at full length, as the paper's published code; else 2 tokens
 
     config.objective = ConfigDict()
     config.objective.name = "diff2flow"  # "flow_matching" without any alignment, or "diffusion", the model's own loss

@@ -41,9 +41,9 @@ class Blueprint:
 
     @property
     def tokens(self) -> int:
-        """In a row: those of captions are padded; depth's, of none, are two."""
+        """In a row: those of texts that are padded; of an empty one that is not there are two."""
         text = self.pipeline.text_encoder.config
-        return 2 if self.pipeline.task.of_pictures else text.max_position_embeddings
+        return text.max_position_embeddings if self.pipeline.task.pads else 2
 
 
 def load(config: Config) -> Blueprint:

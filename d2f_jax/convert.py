@@ -2,11 +2,16 @@
 
     python -m d2f_jax.convert --from=last.ckpt --base=PATH_OR_HUB_ID --to=FOLDER
 
-That code (github.com/CompVis/diff2flow) leaves files of PyTorch Lightning. Of one that was trained to make pictures
-with its `FlowModelObj` the averaged UNet is taken, or the UNet itself where no average was kept, with LoRA merged in;
-all else comes from `--base`, the Stable Diffusion that was finetuned; so does what the network predicts, epsilon or v,
-which the file does not tell. The folder has the noise schedule that the file has, which may be the base's with zero
-terminal SNR, and records that the flow is of `convention="reference"`.
+That code (github.com/CompVis/diff2flow) leaves files of PyTorch Lightning. Of one that was trained with its
+`FlowModelObj` the averaged UNet is taken, or the UNet itself where no average was kept, with LoRA merged in; all else
+comes from `--base`, the Stable Diffusion that was finetuned; so does what the network predicts, epsilon or v, which the
+file does not tell. The folder has the noise schedule that the file has, which may be the base's with zero terminal SNR,
+and records that the flow is of `convention="reference"`.
+
+A UNet of two latents side by side makes depth. That code puts the picture's after the noisy one, where here and in
+diffusers it stands before: the first convolution's inputs change places. Its empty text is padded, which the folder
+records (`config.task.pad_text`) and diffusers' MarigoldDepthPipeline does not: that needs the text's states set as its
+`empty_text_embedding`. Pictures are estimated at 512 pixels of their longer side, that code's 384 x 512.
 PyTorch is not needed.
 """
 
@@ -25,10 +30,14 @@ from d2f_jax.errors import InputError
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.schedule import NoiseSchedule
+from d2f_jax.task import Task
 from d2f_jax.torch_files import Tensor
 
 _AVERAGED, _TRAINED = "ema_model.ema_model.net.", "model.net."
 _TABLE = "model.alphas_cumprod_full"  # [T+1], the first is 1; no other objective of that code has it
+_CONV_IN = "input_blocks.0.0.weight"
+_DEPTH = Task("image_to_depth", pad_text=True)
+_DEPTH_SHAPE = (384, 512)  # pixels
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -57,11 +66,17 @@ def convert(file: Path, base: Pipeline, *, lora_scale: float = 1.0) -> Pipeline:
     if _TABLE not in state:
         raise InputError(f"{file} holds no {_TABLE}: it was not trained with the published code's FlowModelObj")
     prefix = _AVERAGED if any(name.startswith(_AVERAGED) for name in state) else _TRAINED
-    net = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    net = merged({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}, lora_scale)
+    task, unet_config, vae = base.task, base.unet.config, base.vae.config
+    if _CONV_IN in net and net[_CONV_IN].shape[1] == 2 * vae.latent_channels:
+        net[_CONV_IN] = PictureFirst(net[_CONV_IN])
+        height, width = (side // vae.downsampling for side in _DEPTH_SHAPE)
+        unet_config = dataclasses.replace(unet_config, in_channels=2 * vae.latent_channels, sample_size=(height, width))
+        task = _DEPTH
     keys = [weights.key_of(path) for path, _ in nnx.to_flat_state(nnx.state(base.unet))]
     unet = weights.fill(
-        lambda rngs: UNet2DConditionModel(base.unet.config, dtype=base.unet.dtype, rngs=rngs),
-        Published(file, merged(net, lora_scale), dict(named(keys, base.unet.config))),
+        lambda rngs: UNet2DConditionModel(unet_config, dtype=base.unet.dtype, rngs=rngs),
+        Published(file, net, dict(named(keys, unet_config))),
         fits="the UNet of --base",
     )
     config = _scheduler_config(file, base, state[_TABLE].read()[1:])
@@ -71,6 +86,7 @@ def convert(file: Path, base: Pipeline, *, lora_scale: float = 1.0) -> Pipeline:
         schedule=NoiseSchedule.from_config(config),
         scheduler_config=config,
         alignment=Alignment(convention="reference"),
+        task=task,
         _programs={},
     )
 
@@ -103,11 +119,28 @@ class NoBias:
         return np.zeros(self.shape, np.float32)
 
 
-def merged(net: Mapping[str, Tensor], lora_scale: float) -> dict[str, Tensor | Adapted | NoBias]:
+@dataclasses.dataclass(frozen=True)
+class PictureFirst:
+    """The first convolution of two latents side by side, its inputs exchanged: in the file the picture's is second."""
+
+    weight: "Weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def read(self) -> np.ndarray:
+        return np.roll(self.weight.read(), self.shape[1] // 2, axis=1)
+
+
+Weight = Tensor | Adapted | NoBias | PictureFirst
+
+
+def merged(net: Mapping[str, Tensor], lora_scale: float) -> dict[str, Weight]:
     """Each layer of `W`, `A` and `B` as one weight and one bias."""
     layers = [name.removesuffix(".W.weight") for name in net if name.endswith(".W.weight")]
     parts = {f"{layer}.{part}" for layer in layers for part in ("W.weight", "W.bias", "A.weight", "B.weight")}
-    found: dict[str, Tensor | Adapted | NoBias] = {name: x for name, x in net.items() if name not in parts}
+    found: dict[str, Weight] = {name: x for name, x in net.items() if name not in parts}
     for layer in layers:
         weight, down, up = (net.get(f"{layer}.{part}.weight") for part in "WAB")
         if weight is None or down is None or up is None or not _fit(weight, down, up):
@@ -125,7 +158,7 @@ def _fit(weight: Tensor, down: Tensor, up: Tensor) -> bool:
 class Published(weights.Tensors):
     """The published UNet's tensors under our names; those that ours does not have keep their own."""
 
-    def __init__(self, file: Path, tensors: dict[str, Tensor | Adapted | NoBias], published: dict[str, str]) -> None:
+    def __init__(self, file: Path, tensors: dict[str, Weight], published: dict[str, str]) -> None:
         self.files = [file]
         ours = {name: key for key, name in published.items()}
         wanted = {name: x for name, x in tensors.items() if name in ours or not isinstance(x, NoBias)}

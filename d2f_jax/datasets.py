@@ -148,11 +148,18 @@ def open_given(config: Config) -> dict[str, Source]:
 
 
 def check_prepared(config: Config, pipeline: Pipeline, given: dict[str, Source]) -> None:
-    """Raises InputError for latents or text states that other networks, or another size, have made."""
+    """Raises InputError for latents or text states that other networks, another size or length of text have made."""
+    tokens = pipeline.tokenize([""]).shape[1]
     for source in given.values():
         if isinstance(source, PreparedSource):
             parts = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
             prepared.check_model(source.manifest, *parts, image_shape=image_shape(config))
+            plan = source.manifest.plan
+            if plan.task == config.task.name and plan.text_shape[0] != tokens:
+                raise InputError(
+                    f"{source.folder} was prepared with an empty text of {plan.text_shape[0]} tokens, but "
+                    f"config.task.pad_text={config.task.pad_text} makes {tokens}; change it, or prepare the data again"
+                )
 
 
 def open_data(config: Config, workdir: Path, pipeline: Pipeline, given: dict[str, Source]) -> Data:

@@ -198,9 +198,9 @@ class Pipeline:
     def tokenize(self) -> weights.Tokenize:
         """`tokenize(texts)` is int32 [B, L], cut to the model's length.
 
-        Captions are padded to it. Depth's, which are empty, are not, as Marigold has it: two tokens.
+        Captions are padded to it, and depth's, which are empty, where the task says so: else they are two tokens.
         """
-        return weights.Tokenize(self.tokenizer, padded=not self.task.of_pictures)
+        return weights.Tokenize(self.tokenizer, padded=self.task.pads)
 
     def noise(
         self, seed: int, count: int, height: int | None = None, width: int | None = None, *, first: int = 0

@@ -27,7 +27,9 @@ class Task:
     That is `concatenate`. With `adapters` the low-rank adapters of convolutions see it, too or instead (LoRAdapter,
     arXiv 2405.07913; `d2f_jax.lora.Conditional`). A flow may `start` at noise or at the picture's latent, brought
     towards noise by `start_noise`: from 0, the latent itself, along the cosine schedule to 1, noise alone (the "noised
-    data" of Diff2Flow's published code). Raises InputError for what does not go together.
+    data" of Diff2Flow's published code). The empty text beside the picture is two tokens, as Marigold has it, or with
+    `pad_text` filled up to the model's length, as Diff2Flow's published code has it. Raises InputError for what does
+    not go together.
     """
 
     name: Name = "text_to_image"
@@ -35,6 +37,7 @@ class Task:
     adapters: bool = False
     start: Start = "noise"
     start_noise: float = 0.0
+    pad_text: bool = False
 
     def __post_init__(self) -> None:
         for what, value, allowed in (("name", self.name, get_args(Name)), ("start", self.start, get_args(Start))):
@@ -50,6 +53,8 @@ class Task:
             raise InputError(
                 "task text_to_image has no picture to start at, concatenate or adapt to; leave it as it is"
             )
+        if not self.of_pictures and self.pad_text:
+            raise InputError("task pad_text=True is of image_to_depth; captions are padded anyway, leave it False")
         if self.of_pictures and self.start == "noise" and not (self.concatenate or self.adapters):
             raise InputError("task image_to_depth would not see the picture; concatenate it, or start at it")
 
@@ -57,6 +62,11 @@ class Task:
     def of_pictures(self) -> bool:
         """Whether there is a picture that the result is of."""
         return self.name != "text_to_image"
+
+    @property
+    def pads(self) -> bool:
+        """Whether texts are filled up to the model's length, as captions always are."""
+        return not self.of_pictures or self.pad_text
 
     @property
     def inputs(self) -> int:

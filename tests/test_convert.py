@@ -24,6 +24,7 @@ from d2f_jax.alignment import Alignment
 from d2f_jax.convert import convert, named
 from d2f_jax.models.unet import UNet2DConditionModel
 from d2f_jax.schedule import NoiseSchedule
+from d2f_jax.task import Task
 
 UNET = twins.SMALL_UNET | {"cross_attention_dim": 16, "layers_per_block": 2}
 
@@ -130,14 +131,6 @@ def test_the_program_takes_the_average(model: Path, base: Pipeline, finetuned: A
     small.torch_pipeline(out)  # loads
 
 
-def test_half_precision_and_no_average(base: Pipeline, finetuned: Any, tmp_path: Path) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        net = published(finetuned.to(dtype).state_dict(), base)
-        converted = convert(write(tmp_path / f"{dtype}.ckpt", in_lightning(net, table(base))), base)
-        np.testing.assert_array_equal(converted.schedule.alphas_cumprod, base.schedule.alphas_cumprod)
-        check_parity(converted.unet, finetuned.float())
-
-
 class Lora(nn.Module):
     """The published code's layer: a linear one loses its bias."""
 
@@ -153,18 +146,70 @@ class Lora(nn.Module):
         return self.W(x) + self.scale * self.B(self.A(x))
 
 
+def conv(stride: int) -> Callable[[int, int, bool], nn.Module]:
+    def make(inputs: int, outputs: int, first: bool) -> nn.Module:
+        options = {"stride": stride, "padding": 1} if first else {}
+        return nn.Conv2d(inputs, outputs, 3 if first else 1, bias=False, **options)
+
+    return make
+
+
+@pytest.fixture
+def seeing() -> diffusers.UNet2DConditionModel:
+    """The published code's UNet of depth: the noisy latent, and the picture's after it."""
+    return twins.unet(**small.UNET | UNET | {"in_channels": 8})
+
+
+def test_depth_sees_the_picture_and_the_text_as_the_published_code(
+    base: Pipeline, seeing: Any, model: Path, tmp_path: Path
+) -> None:
+    seeing.conv_in = Lora(seeing.conv_in, conv(1), rank=3, scale=1.0)
+    file = write(tmp_path / "depth.ckpt", in_lightning(published(seeing.state_dict(), base), table(base)))
+    convert(file, base).save_pretrained(tmp_path / "out")
+    ours = Pipeline.from_pretrained(tmp_path / "out")
+    assert ours.task == Task("image_to_depth", pad_text=True) and ours.alignment == Alignment(convention="reference")
+    assert ours.resolution == 512 and ours.unet.config.sample_shape == (192, 256)  # this VAE halves sides
+    ids = ours.tokenize([""])
+    assert ids.shape == (1, 24)  # all that the text encoder takes
+    theirs = small.torch_pipeline(model).text_encoder
+    noise, picture = (twins.random(2, 8, 8, 4, seed=seed) for seed in (0, 1))
+    time = np.array([3.0, 700.5], np.float32)
+    with torch.no_grad():
+        text = theirs(torch.from_numpy(ids).long())[0]
+        input_BxCxHxW = torch.cat([twins.nchw(noise), twins.nchw(picture)], 1)
+        expected = seeing(input_BxCxHxW, torch.from_numpy(time), text.repeat(2, 1, 1)).sample
+    x = ours.task.network_input(jnp.asarray(noise), jnp.asarray(picture))
+    states = nnx.jit(lambda encoder, ids: encoder(ids))(ours.text_encoder, np.repeat(ids, 2, 0))
+    twins.assert_close(nnx.jit(lambda unet, *x: unet(*x))(ours.unet, x, time, states), twins.nhwc(expected))
+
+    marigold = diffusers.MarigoldDepthPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    marigold.set_progress_bar_config(disable=True)
+    marigold.empty_text_embedding = text
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    wanted = marigold(
+        twins.nchw(images / np.float32(255)),
+        num_inference_steps=1,
+        processing_resolution=0,
+        latents=twins.nchw(noise),
+    ).prediction
+    exact = ours.by_convention("exact")
+    found = exact.depth(images, num_steps=1, resolution=0, noise=jnp.asarray(noise), sampler="ddim")
+    np.testing.assert_allclose(found, np.asarray(wanted)[..., 0], atol=2e-5)
+
+
+def test_half_precision_and_no_average(base: Pipeline, finetuned: Any, tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        net = published(finetuned.to(dtype).state_dict(), base)
+        converted = convert(write(tmp_path / f"{dtype}.ckpt", in_lightning(net, table(base))), base)
+        np.testing.assert_array_equal(converted.schedule.alphas_cumprod, base.schedule.alphas_cumprod)
+        check_parity(converted.unet, finetuned.float())
+
+
 def test_lora_is_merged(base: Pipeline, finetuned: Any, tmp_path: Path) -> None:
     torch.manual_seed(5)
 
     def linear(inputs: int, outputs: int, _: bool) -> nn.Module:
         return nn.Linear(inputs, outputs, bias=False)
-
-    def conv(stride: int) -> Callable[[int, int, bool], nn.Module]:
-        def make(inputs: int, outputs: int, first: bool) -> nn.Module:
-            options = {"stride": stride, "padding": 1} if first else {}
-            return nn.Conv2d(inputs, outputs, 3 if first else 1, bias=False, **options)
-
-        return make
 
     block = finetuned.down_blocks[0].attentions[0].transformer_blocks[0]
     for parent, name, make in (
@@ -197,14 +242,14 @@ def test_what_does_not_fit_is_refused(base: Pipeline, finetuned: Any, tmp_path: 
     with pytest.raises(InputError, match=r"the LoRA of time_embed\.0 is not whole, W with an A and a B that fit"):
         convert(write(tmp_path / "lora.ckpt", whole | adapted), base)
     del whole["model.net.out.2.bias"]
-    whole["model.net.input_blocks.0.0.weight"] = torch.zeros(16, 8, 3, 3)
+    whole["model.net.input_blocks.0.0.weight"] = torch.zeros(16, 12, 3, 3)
     whole["model.net.input_blocks.1.0.in_layers.2.gamma.weight"] = torch.zeros(3)
     with pytest.raises(InputError) as error:
-        convert(write(tmp_path / "depth.ckpt", whole), base)
+        convert(write(tmp_path / "other.ckpt", whole), base)
     for fault in (
         "missing conv_out.bias",
         "unexpected input_blocks.1.0.in_layers.2.gamma.weight",
-        "misshapen conv_in.weight (16, 8, 3, 3), should be (16, 4, 3, 3)",
+        "misshapen conv_in.weight (16, 12, 3, 3), should be (16, 4, 3, 3)",
     ):
         assert fault in str(error.value)
 

@@ -116,6 +116,7 @@ def test_where_a_flow_starts() -> None:
         ({"name": "image_to_depth", "start": "image", "start_noise": 2}, "start_noise=2 is not between 0, the picture"),
         ({"name": "image_to_depth", "concatenate": False}, "would not see the picture; concatenate it, or start at it"),
         ({"start": "image"}, "text_to_image has no picture to start at"),
+        ({"pad_text": True}, "pad_text=True is of image_to_depth; captions are padded anyway"),
     ],
 )
 def test_what_does_not_go_together(fields: dict[str, Any], said: str) -> None:
@@ -398,6 +399,8 @@ def test_training_on_prepared_depth_is_training_on_pictures(model: Path, finishe
     train.train(shrunk(model, **changes), tmp_path / "run")
     for name in ("loss", "validation_loss"):  # but for float16 latents
         assert told(tmp_path / "run", name) == pytest.approx(told(finished, name), rel=2e-3)
+    with pytest.raises(InputError, match=r"empty text of 2 tokens, but config.task.pad_text=True makes 24; change"):
+        train.train(shrunk(model, **changes, **{"task.pad_text": True}), tmp_path / "padded")
     with pytest.raises(InputError, match=r"hold prepared latents; give pictures with depth as config.eval.sources"):
         train.train(shrunk(model, **{"data.sources": changes["data.sources"]}), tmp_path / "blind")
 

@@ -62,7 +62,7 @@ def topology(name: str = "v5e:2x4") -> Topology:
     ("arg", "changes"),
     [
         ("lora", {"compute_dtype": "bfloat16", "remat": "blocks", "train.accumulate": 2}),
-        ("", {"task.name": "image_to_depth"}),
+        ("", {"task.name": "image_to_depth", "task.pad_text": True}),
     ],
 )
 def test_the_step_that_is_planned_is_the_one_that_trains(
