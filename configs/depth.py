@@ -8,7 +8,7 @@
 
 The picture's latent stands before the noisy one of depth, the text is empty. The evaluation is of scenes that were not
 trained on; what a training itself holds out are frames of the camera paths that it learns. The paper's mixture of nine
-parts Hypersim and one Virtual KITTI 2, and the cheap way, in which the pictures are encoded once:
+parts Hypersim and one Virtual KITTI 2, and the cheap way, in which the pictures are encoded once, and once mirrored:
 
     python -m d2f_jax.prepare --config="configs/depth.py:diff2flow:hypersim:HYPERSIM?split=train" --out=H
     python -m d2f_jax.prepare --config=configs/depth.py:diff2flow:vkitti2:VKITTI --out=V

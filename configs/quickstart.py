@@ -85,7 +85,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.num_train = 4096  # scenes; ShapesWorld only
     config.data.num_validation = 512  # scenes; ShapesWorld only
     config.data.caption_dropout = 0.1  # share of captions replaced by "", which guidance needs
-    config.data.random_flip = False  # left and right matter in ShapesWorld's captions
+    # Mirrors half of the pictures, for which d2f_jax.prepare encodes each twice; left and right matter in ShapesWorld
+    config.data.random_flip = False
     config.data.on_damage = "stop"  # at an example that cannot be read; "skip" trains without it and counts it
     config.data.max_damaged = 1000  # examples skipped before the run stops after all
     config.data.num_workers = 0  # processes that read and decode; 0 is threads of this one

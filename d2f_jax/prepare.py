@@ -3,12 +3,13 @@
     python -m d2f_jax.prepare --config=configs/X.py --out=DIR [--shard_size=1024] [--batch_size=8]
 
 Takes the config's model, data, image size, resizing and compute dtype, and with `config.data.latents=mean` the latents'
-means alone, at half the size; pictures are cropped in the middle and stay in the order of the sources. DIR receives
-shards `train-00000-of-00012.array_record` (`validation-...` of what is held out), each with a `.json` when it is
-finished, and at last `manifest.json`. What is finished is not computed again: it may be killed at any time and goes on
-when the same command is started. Several processes (as for `d2f_jax.train`) deal the shards out among themselves; the
-files do not depend on their number. Each process allows itself `config.data.max_damaged` examples that cannot be read,
-anew at each start.
+means alone, at half the size; pictures are cropped in the middle and stay in the order of the sources. With
+`config.data.random_flip` the mirrored picture is encoded as well, which takes twice the time and the size of latents:
+training then takes one of the two. DIR receives shards `train-00000-of-00012.array_record` (`validation-...` of what is
+held out), each with a `.json` when it is finished, and at last `manifest.json`. What is finished is not computed again:
+it may be killed at any time and goes on when the same command is started. Several processes (as for `d2f_jax.train`)
+deal the shards out among themselves; the files do not depend on their number. Each process allows itself
+`config.data.max_damaged` examples that cannot be read, anew at each start.
 """
 
 import collections
@@ -98,11 +99,10 @@ def prepare(config: Config, folder: Path, options: Options) -> Manifest:
     empty = {"image": np.zeros((*shape, 3), np.uint8), "text": ""}
     if depth:
         empty |= {"depth": np.zeros(shape, np.float32), "valid": np.zeros(shape, np.bool_)}
-    encode = make_encoder(pipeline, options.batch_size, config.compute_dtype)
-    if depth:
-        names = ("latent_mean", "picture_mean", "valid")
-    else:
-        names = ("latent_mean", *(["latent_std"] if plan.latents == "mean_std" else []), "text_states")
+    encode = make_encoder(pipeline, options.batch_size, config.compute_dtype, mirrored=plan.mirrored)
+    encoded = ["latent_mean"] + ["latent_std"] * (plan.latents == "mean_std") + ["picture_mean"] * depth
+    mirrored = [f"mirrored_{name}" for name in encoded] if plan.mirrored else []
+    names = (*encoded, *mirrored, "valid" if depth else "text_states")
     return fill(folder, plan, config, readers, encode, names, empty, options.batch_size)
 
 
@@ -188,6 +188,7 @@ def make_plan(
         latent_shape=pipeline.noise(0, 1, height, width).shape[1:],
         text_shape=(pipeline.tokenize([""]).shape[1], pipeline.text_encoder.config.hidden_size),
         task=pipeline.task.name,
+        mirrored=config.data.random_flip and teacher is None,
         shard_size=options.shard_size,
         sources=tuple(config.data.sources),
         held_out=config.data.held_out,
@@ -220,8 +221,8 @@ def shard_tasks(folder: Path, plan: Plan) -> Iterator[Task]:
             yield Task(file, split, range(start, min(start + plan.shard_size, examples)))
 
 
-def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str) -> Encode:
-    """What a train step computes, for this process's devices, `batch_size` pictures on each.
+def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str, *, mirrored: bool) -> Encode:
+    """What a train step computes, for this process's devices, `batch_size` pictures on each; perhaps mirrored as well.
 
     Shape and place of a picture on its device are the same whatever the number of devices, and so is its latent.
     The pipeline's UNet is given up.
@@ -248,7 +249,13 @@ def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str) -> Enc
         rows = [*rows, *[rows[-1]] * missing]
         batch = {name: np.stack([row[name] for row in rows]) for name in spec_of(rows[0])}
         batch["input_ids"] = pipeline.tokenize([row["text"] for row in rows])
-        return network(frozen, jax.device_put(batch, NamedSharding(mesh, P("images"))))
+        arrays = network(frozen, jax.device_put(batch, NamedSharding(mesh, P("images"))))
+        if not mirrored:
+            return arrays
+        batch = {name: x if name == "input_ids" else x[:, :, ::-1] for name, x in batch.items()}
+        # The same program again, so that latents do not depend on whether those of the mirror image are wanted, too.
+        turned = network(frozen, jax.device_put(batch, NamedSharding(mesh, P("images"))))
+        return arrays | {f"mirrored_{name}": x for name, x in turned.items()}
 
     return encode
 

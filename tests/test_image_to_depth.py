@@ -56,6 +56,7 @@ def shrunk(model: Path | str, arg: str = "diff2flow", **changes: object) -> Conf
         {
             "model": str(model),
             "data.image_size": 16,
+            "data.random_flip": True,
             "data.num_train": 24,
             "data.num_validation": 6,
             "train.num_steps": 3,

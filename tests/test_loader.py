@@ -67,6 +67,27 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mirrored:
+    """Latents of depth, and those of the mirrored pictures, which are their negatives; depth is known on a diagonal."""
+
+    count: int = 3
+    lacking: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        example = {
+            "latent_mean": np.full((4, 4, 4), index, np.float16),
+            "valid": np.eye(4, dtype=bool),
+            "text": str(index),
+        }
+        example["picture_mean"] = example["latent_mean"] + 1
+        example |= {f"mirrored_{name}": -example[name] for name in ("latent_mean", "picture_mean")}
+        return {name: value for name, value in example.items() if name != self.lacking}
+
+
+@dataclasses.dataclass(frozen=True)
 class Damaged(Numbered):
     """Every third example is broken, in one of three ways."""
 
@@ -179,12 +200,12 @@ def test_equal_sources_are_not_shuffled_alike():
     assert rows[rows < 50].tolist() != (rows[rows >= 50] - 50).tolist()
 
 
-@pytest.mark.parametrize("sources", [(Numbered(10, size=13),), MIXED, (Prepared(10, text_states=False),)])
+@pytest.mark.parametrize("sources", [(Numbered(10, size=13),), MIXED, (Mirrored(10),)])
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[0, 3], [1, 2, 4], [5]], [[1, 4], [0, 5], [2, 3]]])
 def test_the_processes_share_the_global_batch(sources, split):
     options = {**RANDOM, "batch_size": 6}
-    if isinstance(sources[0], Prepared):
-        options["crop"] = "center"
+    if isinstance(sources[0], Mirrored):
+        options |= {"crop": "center", "depth": True}
     whole = batches(*sources, **options)
     parts = [batches(*sources, **options, rows=rows) for rows in split]
     for _ in range(4):
@@ -323,18 +344,40 @@ def test_dropped_text_states_are_those_of_the_empty_caption():
     np.testing.assert_array_equal(batch["text_states"][dropped], np.broadcast_to(null_text, (dropped.sum(), 3, 2)))
 
 
-@pytest.mark.parametrize("source", [Numbered(9, first=1, depth=True, noise=True), Prepared(9)])
-def test_a_flip_mirrors_everything_or_nothing(source):
-    batch = next(batches(source, batch_size=30, random_flip=True, depth=isinstance(source, Numbered)))
-    arrays = {
-        name: value for name, value in batch.items() if np.ndim(value) > 2 and name not in ("text_states", "valid")
-    }
-    rising = {name: value[:, 0, 0] < value[:, 0, -1] for name, value in arrays.items()}
-    first = next(iter(rising.values())).reshape(30, -1)[:, 0]
-    assert 5 < first.sum() < 25
-    for name, value in rising.items():
-        # This noise is the latent's negative in prepared examples.
-        np.testing.assert_array_equal(value.reshape(30, -1)[:, 0] ^ (name == "noise" and "latent_mean" in batch), first)
+def test_a_flip_mirrors_everything_or_nothing():
+    batch = next(batches(Numbered(9, first=1, depth=True), batch_size=30, random_flip=True, depth=True))
+    rising = {name: batch[name][:, 0, 0] < batch[name][:, 0, -1] for name in ("image", "depth")}
+    assert 5 < rising["depth"].sum() < 25
+    np.testing.assert_array_equal(rising["image"][:, 0], rising["depth"])
+
+
+def test_of_latents_those_of_the_mirrored_picture_are_taken():
+    batch = next(batches(Mirrored(), batch_size=60, random_flip=True, depth=True))
+    assert not any(name.startswith("mirrored") for name in batch)
+    turned = batch["picture_mean"][:, 0, 0, 0] < 0
+    assert 15 < turned.sum() < 45
+    for row, mirrored in enumerate(turned):
+        sign = -1 if mirrored else 1
+        np.testing.assert_array_equal(sign * batch["latent_mean"][row] + 1, sign * batch["picture_mean"][row])
+        np.testing.assert_array_equal(batch["valid"][row], np.eye(4)[:, ::sign])
+    plain = next(batches(Mirrored(), batch_size=60, depth=True))
+    assert (plain["picture_mean"] > 0).all() and not any(name.startswith("mirrored") for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            Mirrored(lacking="mirrored_picture_mean"),
+            "needs latents of the mirrored picture, .* prepare the data again with",
+        ),
+        (Numbered(9, depth=True, noise=True), "would mirror a pair, .* set config.data.random_flip=False"),
+    ],
+)
+def test_what_has_no_mirror_image_is_not_mirrored(source, said):
+    for on_damage in ("stop", "skip"):
+        with pytest.raises(InputError, match=f"random_flip {said}"):
+            batches(source, random_flip=True, depth=True, on_damage=on_damage)
 
 
 def test_one_knob_leaves_the_other_alone():

@@ -152,6 +152,53 @@ def test_shapes_world_and_means_alone(model: Path, tmp_path: Path) -> None:
         assert len(source) == count and set(source[0]) == {"text", "text_states", "latent_mean"}
 
 
+def test_what_is_mirrored_are_pictures_and_never_latents(
+    model: Path, pictures: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Rows of prepared data are those of pictures, mirrored alike, and then encoded."""
+    manifest, pipeline = PreparedSource(finished).manifest, Pipeline.from_pretrained(model)
+    assert manifest.plan.mirrored and "mirrored_latent_std" in PreparedSource(finished)[0]
+    kept = _Kept(ImageFolder(pictures), [i for i in range(COUNT) if i % 10 != 5])
+    options = {"batch_size": 32, "image_shape": (16, 16), "seed": 3, "random_flip": True}
+    encoded_first, read = (
+        next(train_batches([source], lambda texts: np.zeros((len(texts), 1)), **options))
+        for source in (PreparedSource(finished), kept)
+    )
+    plain = next(train_batches([kept], lambda texts: np.zeros((len(texts), 1)), **options | {"random_flip": False}))
+    turned = (read["image"] != plain["image"]).any((1, 2, 3))
+    np.testing.assert_array_equal(read["image"][turned], plain["image"][turned, :, ::-1])
+    assert 6 < turned.sum() < 26
+    latents = [
+        encoded(
+            pipeline.vae, pipeline.text_encoder, batch["image"].astype(np.float32) / 127.5 - 1, np.zeros((1, 24), int)
+        )[0]
+        for batch in (read, plain)
+    ]
+    for name, theirs, unturned in (
+        ("latent_mean", *(x.mean for x in latents)),
+        ("latent_std", *(x.std for x in latents)),
+    ):
+        np.testing.assert_allclose(encoded_first[name], theirs, rtol=1.1e-3, atol=1e-4)
+        assert np.abs(encoded_first[name][turned] - unturned[turned][:, :, ::-1]).max() > 0.01
+
+    unmirrored = config(model, pictures, **{"data.random_flip": False})
+    with pytest.raises(InputError, match=r"begun with another config: mirrored \(True there, False here\)"):
+        prepare(unmirrored, finished, OPTIONS)
+
+
+class _Kept:
+    """Some examples of a source."""
+
+    def __init__(self, source: ImageFolder, indices: list[int]) -> None:
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.indices[index]]
+
+
 def test_killed_and_started_again(model: Path, pictures: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(command(model, pictures, out), stderr=subprocess.DEVNULL) as running:

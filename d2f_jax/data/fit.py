@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from d2f_jax.data.depth import normalised
-from d2f_jax.data.sources import Example
+from d2f_jax.data.sources import LATENTS, Example
 from d2f_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -28,7 +28,7 @@ _DTYPES = {
     "noise": np.float32,
     "text_states": np.float16,
 }
-_OF_LATENTS = ("latent_mean", "latent_std", "picture_mean", "valid", "noise")
+_OF_LATENTS = (*LATENTS, "valid", "noise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,12 @@ class Fit:
 def make_row(example: Example, fit: Fit, draws: Sequence[float]) -> Row:
     """A latent, if there is one, is taken instead of the picture, and text states instead of the caption.
 
-    With `fit.depth` there is depth too, as `normalised`, and no caption.
+    With `fit.depth` there is depth too, as `normalised`, and no caption. Raises InputError for what cannot be used so.
     """
     flip, drop, across, down = draws
     prepared = [name for name in _OF_LATENTS if name in example]
+    if fit.random_flip:
+        _check_mirrored(prepared, example)
     row: Row = {name: np.asarray(example[name], _DTYPES[name]) for name in prepared}
     if "latent_mean" not in row:
         row["image"], depth = picture_and_depth(example, fit, across, down)
@@ -60,12 +62,31 @@ def make_row(example: Example, fit: Fit, draws: Sequence[float]) -> Row:
         lacking = "have no picture's beside them" if fit.depth else "are of depth"
         raise InputError(f"the latents {lacking}; prepare the data with the config's task")
     if fit.random_flip and flip < 0.5:
-        row = {name: array[:, ::-1] for name, array in row.items()}
+        row = {name: _mirrored(name, array, example) for name, array in row.items()}
     dropped = fit.depth or drop < fit.caption_dropout
     if "text_states" not in example and not (fit.depth and fit.null_text is not None):
         return row | {"text": "" if dropped else example["text"]}
     states = fit.null_text if dropped else example.get("text_states")
     return row | {"text_states": np.asarray(states, _DTYPES["text_states"])}
+
+
+def _check_mirrored(prepared: Sequence[str], example: Example) -> None:
+    """Latents are never mirrored themselves, nor pairs: what a sampler makes of mirrored noise is another picture."""
+    if "noise" in prepared:
+        raise InputError(
+            "random_flip would mirror a pair, of which noise and picture no longer belong together; set "
+            "config.data.random_flip=False"
+        )
+    if any(f"mirrored_{name}" not in example for name in LATENTS if name in prepared):
+        raise InputError(
+            "random_flip needs latents of the mirrored picture, which are not there; prepare the data again with "
+            "config.data.random_flip=True, or set it to False"
+        )
+
+
+def _mirrored(name: str, array: np.ndarray, example: Example) -> np.ndarray:
+    encoded = example.get(f"mirrored_{name}")
+    return array[:, ::-1] if encoded is None else np.asarray(encoded, array.dtype)
 
 
 def spec_of(row: Row) -> Spec:

@@ -75,8 +75,9 @@ def train_batches(
 
     Pictures become `image_shape`, height and width. `resize="aspect"` cuts them to its form, around the centre or
     anywhere for `crop="random"`; `"fixed"` squeezes them whole. Latents and noise must be of `latent_shape`, that of
-    the VAE for `image_shape` (None leaves it unchecked). `random_flip` mirrors half of the examples, pictures, depths,
-    latents and noise alike: leave it off where captions say left or right.
+    the VAE for `image_shape` (None leaves it unchecked). `random_flip` mirrors half of the pictures, with their depth,
+    or takes latents of the mirrored picture, and refuses examples that have none, or noise: leave it off where captions
+    say left or right.
     `caption_dropout` is the probability of an empty caption, which classifier-free guidance needs; for text states
     that is `null_text` [L, D].
 

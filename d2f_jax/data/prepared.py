@@ -51,6 +51,7 @@ class Plan:
     examples: dict[Split, int]
     image_width: int = 0  # pixels; 0 is image_size, a square
     task: str = "text_to_image"  # of "image_to_depth" the latents are depth's, and their pictures' beside them
+    mirrored: bool = False  # whether there are latents of the mirrored pictures, too, beside them
     teacher: dict[str, Any] | None = None  # of pairs with noise, how it was sampled from; see `d2f_jax.reflow`
 
 
@@ -83,7 +84,7 @@ class Manifest:
 
 
 class PreparedSource:
-    """The examples of a prepared folder: `text`, `text_states`, `latent_mean`, and perhaps `latent_std` or `noise`.
+    """The examples of a prepared folder: `text`, `text_states`, `latent_mean`, and what else `Example` has beside it.
 
     Raises InputError unless the preparation is finished and its files have their sizes; `verify` reads them all.
     """

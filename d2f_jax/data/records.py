@@ -18,11 +18,11 @@ import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from d2f_jax.data.sources import Example, read_image
+from d2f_jax.data.sources import LATENTS, Example, read_image
 from d2f_jax.errors import InputError, SaveError
 
 _STRINGS = ("text", "image")
-_NAMES = {*_STRINGS, "depth", "latent_mean", "latent_std", "noise", "picture_mean", "text_states", "valid"}
+_NAMES = {*_STRINGS, *LATENTS, *(f"mirrored_{name}" for name in LATENTS), "depth", "noise", "text_states", "valid"}
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # a group is read as a whole, for one of its records too
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15  # bytes

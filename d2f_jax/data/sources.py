@@ -24,7 +24,8 @@ class Example(TypedDict):
     Pictures: `image` uint8 [H, W, 3]; `depth` float32 [H, W], 0 where there is none, as in the sky. Prepared ones:
     `latent_mean` and perhaps `latent_std` float16 [h, w, C], the VAE's own, that is not yet scaled; `text_states`
     float16 [L, D]. If the latent is of depth, `picture_mean` is its picture's, and `valid` bool [h, w] where depth is
-    known. All may have `noise` float32 [h, w, C], which flows to this very latent.
+    known. `mirrored_latent_mean` and its kin are of the mirrored picture: no mirror image of the others. All may have
+    `noise` float32 [h, w, C], which flows to this very latent.
     """
 
     text: str
@@ -33,9 +34,15 @@ class Example(TypedDict):
     latent_mean: NotRequired[np.ndarray]
     latent_std: NotRequired[np.ndarray]
     picture_mean: NotRequired[np.ndarray]
+    mirrored_latent_mean: NotRequired[np.ndarray]
+    mirrored_latent_std: NotRequired[np.ndarray]
+    mirrored_picture_mean: NotRequired[np.ndarray]
     valid: NotRequired[np.ndarray]
     noise: NotRequired[np.ndarray]
     text_states: NotRequired[np.ndarray]
+
+
+LATENTS = ("latent_mean", "latent_std", "picture_mean")  # of a mirrored picture the VAE makes others
 
 
 class Source(Protocol):
