@@ -1,14 +1,15 @@
 """Judges a checkpoint on held-out captions, or on pictures with depth: one table, and the same numbers as JSON.
 
     python -m d2f_jax.evaluate --config=configs/X.py --out=DIR [--model=MODEL] [--lora=FILE]
-        [--lora_scale=1] [--inception=FILE] [--kid] [--clip=MODEL] [--bits]
+        [--lora_scale=1] [--inception=FILE] [--kid] [--clip=MODEL] [--aesthetic=FILE] [--bits]
 
 Draws `config.eval.num_images` held-out captions with `config.eval`'s sampler, guidance and seed, for each of its
 numbers of steps, and compares with their pictures: by PSNR and SSIM one by one, and all together by what is there.
-ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's weights, the CLIP score a CLIP model.
-With --bits, as many bits per dimension as the pictures' latents take under the diffusion model, by the variational
-bound of a chain of as many steps. What is not given is named and gets no number. Estimates from few pictures are
-biased: compare only what has the same number of them. DIR receives `scores.json`, `scores.md` and `samples.png`.
+ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's weights, the CLIP score a CLIP model,
+the aesthetic score LAION's predictor beside CLIP ViT-L/14. With --bits, as many bits per dimension as the pictures'
+latents take under the diffusion model, by the variational bound of a chain of as many steps. What is not given is named
+and gets no number. Estimates from few pictures are biased: compare only what has the same number of them. DIR receives
+`scores.json`, `scores.md` and `samples.png`.
 
 How a model flows is what its export, or its file of adapters, records: `config.objective`, and all else of training,
 has no part in it. A `config.task` other than the model's is refused.
@@ -77,6 +78,7 @@ def main() -> None:
         inception=given.inception,
         kid=given.kid,
         clip=given.clip,
+        aesthetic=given.aesthetic,
         bits=given.bits,
     )
 
@@ -91,6 +93,7 @@ def evaluate(
     inception: str | None = None,
     kid: bool = False,
     clip: str | None = None,
+    aesthetic: str | None = None,
     bits: bool = False,
 ) -> Found:
     """Scores by number of steps; writes them, and pictures, into `folder`. The options are the program's.
@@ -99,13 +102,12 @@ def evaluate(
     """
     settings.check_values(config)
     mesh, of_depth = sharding.make_mesh(config.mesh.data, config.mesh.fsdp), datasets.of_depth(config)
-    if of_depth and (inception or clip or kid or bits):
-        raise InputError(
-            "--inception, --kid, --clip and --bits judge pictures, and this config tells depth; leave them out"
-        )
+    if of_depth and (inception or clip or aesthetic or kid or bits):
+        told = "--inception, --kid, --clip, --aesthetic and --bits judge pictures"
+        raise InputError(f"{told}, and this config tells depth; leave them out")
     if bits and settings.eval_sampler(config).is_adaptive:
         raise InputError(f"--bits is of a number of steps, and {config.eval.sampler} finds its own; leave it out")
-    judges = None if of_depth else load_judges(config, inception, clip, kid=kid)
+    judges = None if of_depth else load_judges(config, inception, clip, aesthetic, kid=kid)
     loaded = prior.load_as_it_is(config, adapters=lora, lora_scale=lora_scale, convention=convention)
     pipeline = loaded.on_mesh(mesh)
     prior.check_steps(pipeline, config)
@@ -120,7 +122,7 @@ def evaluate(
     else:
         told = picture_scores(config, pipeline, data.reading(count), count, judges, bits=bits)
     if distributed.is_main():
-        judged_by = {"depth": protocol} if of_depth else {"inception": inception, "clip": clip}
+        judged_by = {"depth": protocol} if of_depth else {"inception": inception, "clip": clip, "aesthetic": aesthetic}
         adapters = {"lora": lora} | ({"lora_scale": lora_scale} if lora else {})
         write(config, folder, told, settled(config, pipeline, told) | adapters | {"judged_by": judged_by})
     distributed.barrier("evaluated")
@@ -133,12 +135,12 @@ def column(config: Config, num_steps: int) -> str:
     return sampler.name if sampler.is_adaptive else report.steps(num_steps)
 
 
-def load_judges(config: Config, inception: str | None, clip: str | None, *, kid: bool) -> Judges:
+def load_judges(config: Config, inception: str | None, clip: str | None, aesthetic: str | None, *, kid: bool) -> Judges:
     """Of pictures, and tells what they lack."""
     if min(datasets.image_shape(config)) < 11:
         told = datasets.told_size(config)
         raise InputError(f"config.data.image_size: pictures of {told} pixels have no SSIM; use 11 or more")
-    judges = Judges.load(inception, clip, kid=kid, shapes=datasets.scored(config))
+    judges = Judges.load(inception, clip, aesthetic, kid=kid, shapes=datasets.scored(config))
     if distributed.is_main():
         for told in judges.missing():
             print(told)
@@ -343,5 +345,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("inception", None, "InceptionV3's weights for FID, as safetensors.")
     flags.DEFINE_bool("kid", False, "KID too, which keeps the features of every picture: 8 kB each.")
     flags.DEFINE_string("clip", None, "CLIP model for the CLIP score: a transformers folder or hub id.")
+    flags.DEFINE_string("aesthetic", None, "LAION's aesthetic predictor, as .pth or safetensors; needs --clip.")
     flags.DEFINE_bool("bits", False, "Bits per dimension of the pictures' latents, by the variational bound.")
     program.run(main)

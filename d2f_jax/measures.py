@@ -26,19 +26,30 @@ class Judges:
     inception: InceptionV3 | None
     kid: bool
     clip: metrics.Clip | None
+    aesthetic: metrics.Aesthetic | None
     shapes: metrics.ShapesClassifier | None
 
     @classmethod
     def load(
-        cls, inception: str | Path | None = None, clip: str | Path | None = None, *, kid: bool = False, shapes: bool
+        cls,
+        inception: str | Path | None = None,
+        clip: str | Path | None = None,
+        aesthetic: str | Path | None = None,
+        *,
+        kid: bool = False,
+        shapes: bool,
     ) -> "Judges":
-        """Raises InputError for files that are not what they should be, and for KID without InceptionV3."""
+        """Raises InputError for files that are not what they should be, and for what lacks another that it needs."""
         if kid and not inception:
             raise InputError("--kid needs the weights of InceptionV3; give --inception=FILE")
+        if aesthetic and not clip:
+            raise InputError("--aesthetic judges what CLIP sees; give --clip=openai/clip-vit-large-patch14, too")
+        seeing = metrics.load_clip_score(clip) if clip else None
         return cls(
             metrics.load_inception(inception) if inception else None,
             kid,
-            metrics.load_clip_score(clip) if clip else None,
+            seeing,
+            metrics.load_aesthetic(aesthetic, seeing) if aesthetic and seeing else None,
             metrics.load_classifier() if shapes else None,
         )
 
@@ -51,6 +62,11 @@ class Judges:
             told.append("KID: give --inception=FILE and --kid")
         if self.clip is None:
             told.append("CLIP score: give --clip=FOLDER_OR_HUB_ID, such as openai/clip-vit-large-patch14")
+        if self.aesthetic is None:
+            told.append(
+                "aesthetic score: give --aesthetic=sac+logos+ava1-l14-linearMSE.pth (of "
+                "github.com/christophschuhmann/improved-aesthetic-predictor) and --clip=openai/clip-vit-large-patch14"
+            )
         return told
 
 
@@ -89,7 +105,10 @@ class Gathered:
         pair = images_NxHxWx3, real_NxHxWx3
         values = {"psnr": metrics.psnr(*pair, data_range=255), "ssim": metrics.ssim(*pair, data_range=255)}
         if judges.clip is not None:
-            values["clip_score"] = judges.clip(images_NxHxWx3, texts)
+            shown_NxP = judges.clip.see(images_NxHxWx3)
+            values["clip_score"] = judges.clip.score(shown_NxP, texts)
+            if judges.aesthetic is not None:
+                values["aesthetic_score"] = judges.aesthetic(shown_NxP)
         return self._add(judges, index_N, images_NxHxWx3, texts, values | known)
 
     def _add(
@@ -122,8 +141,8 @@ def scores(judges: Judges, drawn: Gathered, real: Gathered) -> dict[str, float]:
     """Of what all processes have drawn against real pictures; both are merged already.
 
     `fid`, `kid` and, of more than 1000 pictures, `kid_std`; on ShapesWorld `shapes_frechet_distance` and
-    `caption_accuracy`; `clip_score`; and, picture by picture against the real one of the same caption, `psnr` in dB and
-    `ssim`.
+    `caption_accuracy`; `clip_score`; `aesthetic_score`; and, picture by picture against the real one of the
+    same caption, `psnr` in dB and `ssim`.
     """
     told: dict[str, float] = {}
     if judges.inception is not None:

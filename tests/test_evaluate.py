@@ -190,13 +190,16 @@ def test_a_model_is_judged_as_it_flows(model: Path, tmp_path: Path) -> None:
 
 def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Path, tmp_path: Path) -> None:
     wanted = config(model, **{"data.sources": (f"shapes_world:{tmp_path / 'data'}",), "train.batch_size": 3})
-    found = evaluate(wanted, tmp_path / "one", clip=str(clip), bits=True)
+    torch.save(twins.Aesthetic(20).state_dict(), tmp_path / "aesthetic.pth")
+    aesthetic = str(tmp_path / "aesthetic.pth")
+    found = evaluate(wanted, tmp_path / "one", clip=str(clip), aesthetic=aesthetic, bits=True)
     usual = flat(quickstart.get_config().to_dict())
     changes = {key: value for key, value in flat(wanted.to_dict()).items() if value != usual[key]}
     del changes["config.model"]
     command = ["launch/local_hosts.sh", "2", "--devices=1", "--module=d2f_jax.evaluate", "--"]
     command += ["--config=configs/quickstart.py", *(f"--{key}={value}" for key, value in changes.items())]
-    command += [f"--model={model}", f"--clip={clip}", "--bits", f"--out={tmp_path / 'two'}"]
+    command += [f"--model={model}", f"--clip={clip}", f"--aesthetic={aesthetic}", "--bits"]
+    command += [f"--out={tmp_path / 'two'}"]
     environment = {**os.environ, "PYTHON": sys.executable}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -210,7 +213,10 @@ def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Pat
     real = np.stack([source[i]["image"][4:20] for i in range(COUNT)])
     bits = pipeline.bits_per_dim(real, texts, num_steps=3, seed=1234)
     assert found[3]["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-3) and bits.std() > 0
-    score = metrics.load_clip_score(clip)(pipeline(texts, num_steps=3, **HOW), texts)
+    seeing, drawn = metrics.load_clip_score(clip), pipeline(texts, num_steps=3, **HOW)
+    liked = metrics.load_aesthetic(aesthetic, seeing)(seeing.see(drawn))
+    assert found[3]["aesthetic_score"] == pytest.approx(liked.mean(), rel=1e-2) and liked.std() > 0
+    score = seeing(drawn, texts)
     assert found[3]["clip_score"] == pytest.approx(score.mean(), rel=1e-2) and score.std() > 0
 
 
@@ -228,7 +234,10 @@ def test_what_is_not_given_is_named(model: Path, tmp_path: Path, capsys: pytest.
         "FID: give --inception=FILE (" in told
         and "KID: give --inception=FILE and --kid" in told
         and "CLIP score: give --clip=" in told
+        and "aesthetic score: give --aesthetic=" in told
     )
+    with pytest.raises(InputError, match="--aesthetic judges what CLIP sees; give --clip=openai"):
+        evaluate(photographs, tmp_path / "none", aesthetic="somewhere.pth")
     with pytest.raises(InputError, match="--kid needs the weights of InceptionV3; give --inception=FILE"):
         evaluate(photographs, tmp_path / "none", kid=True)
     photographs.data.image_size = 8

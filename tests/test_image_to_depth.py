@@ -256,7 +256,9 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
     assert written["depth"] == {"ensemble": 2, "protocol": "", "space": "log"} and written["num_images"] == 4
     assert written["judged_by"] == {"depth": "all"}
     assert written["task"]["name"] == "image_to_depth" and "guidance_scale" not in written
-    with pytest.raises(InputError, match="--clip judge pictures, and this config tells depth; leave them out"):
+    with pytest.raises(
+        InputError, match="--clip, --aesthetic and --bits judge pictures, and this config tells depth; leave them out"
+    ):
         evaluate.evaluate(config, tmp_path, clip="somewhere")
     config.eval.depth.protocol = "nyuv2"
     with pytest.raises(InputError, match="example 0: this crop is of pictures of 480 x 640 pixels, not 16 x 16"):

@@ -86,6 +86,23 @@ def text_encoder(**config: Any) -> transformers.CLIPTextModel:
     return shaken(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)))
 
 
+class Aesthetic(torch.nn.Module):
+    """LAION's improved predictor, of random weights, for embeddings of so many numbers; without its training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        drop, linear = torch.nn.Dropout, torch.nn.Linear
+        first = linear(width, 1024), drop(0.2), linear(1024, 128), drop(0.2)
+        self.layers = torch.nn.Sequential(*first, linear(128, 64), drop(0.1), linear(64, 16), linear(16, 1))
+        for layer in (layer for layer in self.layers if isinstance(layer, linear)):
+            torch.nn.init.normal_(layer.weight, 0, 2 / layer.in_features**0.5)  # pictures that are alike stay apart
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 @torch.no_grad()
 def shaken(model: Any) -> Any:
     """Norms and biases start at ones and zeros, where an exchange of two would go unseen: moved a little."""

@@ -10,6 +10,8 @@ Each is gathered batch by batch in every process, and `distributed.merged` gives
     clip_score = distributed.merged(means).means()["clip_score"]
 """
 
+from d2f_jax.metrics.aesthetic import Aesthetic as Aesthetic
+from d2f_jax.metrics.aesthetic import load_aesthetic as load_aesthetic
 from d2f_jax.metrics.captions import caption_accuracy as caption_accuracy
 from d2f_jax.metrics.captions import caption_pairs as caption_pairs
 from d2f_jax.metrics.classifier import ShapesClassifier as ShapesClassifier

@@ -33,13 +33,20 @@ class Clip:
         is negative. Texts too long for the model are cut, keeping the token that ends them. Raises `ValueError` for
         pictures that are not uint8 [N, H, W, 3] or not as many as texts.
         """
+        return self.score(self.see(images_NxHxWx3, batch_size=batch_size), texts, batch_size=batch_size)
+
+    def see(self, images_NxHxWx3: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
+        """Embeddings of uint8 pictures of any size, float64 [N, P] of length 1. Raises `ValueError` as a call."""
         check_pictures(images_NxHxWx3)
-        if len(images_NxHxWx3) != len(texts):
-            raise ValueError(f"{len(images_NxHxWx3)} pictures for {len(texts)} texts")
         pixels_NxSxSx3 = clip_pixels(images_NxHxWx3, self.model.config.vision.image_size)
-        shown_NxP = in_batches(lambda batch: _embed_images(self.model, batch), pixels_NxSxSx3, batch_size)
+        return _normalised(in_batches(lambda batch: _embed_images(self.model, batch), pixels_NxSxSx3, batch_size))
+
+    def score(self, shown_NxP: np.ndarray, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """What a call tells, of pictures that were seen. Raises `ValueError` as a call."""
+        if len(shown_NxP) != len(texts):
+            raise ValueError(f"{len(shown_NxP)} pictures for {len(texts)} texts")
         said_NxP = in_batches(lambda batch: _embed_text(self.model, batch), self.tokenize(texts), batch_size)
-        return 100 * np.sum(_normalised(shown_NxP) * _normalised(said_NxP), -1).clip(0)
+        return 100 * np.sum(shown_NxP * _normalised(said_NxP), -1).clip(0)
 
 
 def load_clip_score(path_or_hub_id: str | Path | None) -> Clip:
