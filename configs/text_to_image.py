@@ -11,7 +11,13 @@ made at 512. The small run adapts tiny-sd from 64 pixels to 48.
 Of the paper's published code are rate, batch size (which a comment of its recommends), caption dropout, the mean for a
 picture's latent, Adam without decay, the average, and diff2flow's schedule that ends in pure noise for Stable Diffusion
 2.1; it clips no gradients and sets no end. Of ours is bfloat16 where it has float32. PREPARED is what d2f_jax.prepare
-makes of pictures, with this config as well; they are mirrored half of the time. The small run takes a few minutes on
+makes of pictures, with this config as well; they are mirrored half of the time. Of LAION-Aesthetics, which img2dataset
+downloads into shards, what has a score of 6 or more:
+
+    python -m d2f_jax.prepare --out=PREPARED \
+        --config="configs/text_to_image.py:diff2flow:webdataset:LAION/{00000..00999}.tar?least=AESTHETIC_SCORE:6"
+
+The paper evaluates on COCO 2017, for which README.md has the command. The small run takes a few minutes on
 two CPU cores. The large one was not run: its 20,000 steps of 128 pictures of 2.36 TFLOP (by XLA's count; 2.15, and 1.2
 a step, with lora_base) would be 21 hours of a TPU v5e chip or 4 of an H100 at 40% of their peak, whichever model it is.
 d2f_jax.plan tells what a topology needs for it.

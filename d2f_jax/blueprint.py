@@ -27,7 +27,7 @@ KNOWN_MODELS = Path(__file__).parent / "assets" / "known_models.json"
 """What the config files of well-known hub ids say, so that they need not be fetched."""
 
 # Kinds of sources that usually hold pictures
-_PICTURES = ("shapes_world", "image_folder", "tfds", "webdataset", "hypersim", "vkitti2", "depth_list")
+_PICTURES = ("shapes_world", "image_folder", "tfds", "webdataset", "hypersim", "vkitti2", "depth_list", "coco")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,9 +223,10 @@ def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Pat
 def test_what_is_not_given_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(3):
         Image.new("RGB", (20, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": "a cone"}) for i in range(3)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    photographs = images.get_config(f"image_folder:{tmp_path}")
+    listed = [{"id": i, "file_name": f"{i}.png"} for i in range(3)]
+    captions = [{"id": i, "image_id": i, "caption": "a cone"} for i in range(3)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": listed, "annotations": captions}))
+    photographs = images.get_config(f"coco:{tmp_path / 'captions.json'}?images={tmp_path}")
     small_ones = {"model": str(model), "data.image_size": 16, "eval.step_counts": (1,)}
     photographs.update_from_flattened_dict(small_ones)
     assert evaluate(photographs, tmp_path / "out")[1].keys() == {"psnr", "ssim"}

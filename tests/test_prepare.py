@@ -1,6 +1,7 @@
 """Preparing: what training would compute, the same files however they came about, and damage told or left out."""
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,23 @@ class _Kept:
 
     def __getitem__(self, index: int) -> Any:
         return self.source[self.indices[index]]
+
+
+def test_what_laion_thinks_little_of_is_not_prepared(model: Path, pictures: Path, tmp_path: Path) -> None:
+    """Shards as img2dataset writes them, with the numbers that bound what is taken."""
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for i, score in enumerate((5.9, 6.0, None, 7.5)):
+            tar.add(pictures / f"{i}.png", f"{i:09d}.png")
+            notes = {"AESTHETIC_SCORE": score, "original_width": 512, "status": "success"}
+            for kind, text in (("txt", f"picture {i}"), ("json", json.dumps(notes))):
+                info = tarfile.TarInfo(f"{i:09d}.{kind}")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text.encode()))
+    laion = config(model, pictures, **{"data.held_out": 0})
+    laion.data.sources = (f"webdataset:{tmp_path}?least=AESTHETIC_SCORE:6,original_width:512",)
+    prepare(laion, tmp_path / "out", OPTIONS)
+    source = PreparedSource(tmp_path / "out")
+    assert [source[i]["text"] for i in range(len(source))] == ["picture 1", "picture 3"]
 
 
 def test_killed_and_started_again(model: Path, pictures: Path, finished: Path, tmp_path: Path) -> None:

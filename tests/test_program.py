@@ -55,7 +55,7 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
         ("--config.train.num_steps=many", "many"),
         ("--config.train.accumulate=3", "does not divide over 1 devices x 3 parts"),
         ("--config.model=no/where/at/all", "no/where/at/all"),
-        ("--config.data.sources=('cloud:9',)", "no kind 'cloud'; kinds are array_record, depth_list, hypersim"),
+        ("--config.data.sources=('cloud:9',)", "no kind 'cloud'; kinds are array_record, coco, depth_list, hypersim"),
         ("--config.data.image_size=50", "50"),
         ("--config.mesh.fsdp=3", "config.mesh.data=-1, config.mesh.fsdp=3 make no mesh of 1 devices"),
         ("--config.train.optimizer=sgd", "config.train.optimizer='sgd' is unknown; use one of adamw"),

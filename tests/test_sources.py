@@ -191,7 +191,7 @@ def test_a_colour_is_a_picture_and_its_name():
         (
             "pictures",
             "'pictures' is not of the form kind:path.*; "
-            "kinds are array_record, depth_list, hypersim, image_folder, tfds, uniform_colours, vkitti2, webdataset",
+            "kinds are array_record, coco, depth_list, hypersim, .*, uniform_colours, vkitti2, webdataset",
         ),
         ("image_folder:", "is not of the form kind:path"),
         ("zip:a", "no kind 'zip'; kinds are array_record, .*, uniform_colours, vkitti2, webdataset"),
@@ -203,10 +203,54 @@ def test_a_colour_is_a_picture_and_its_name():
         ("webdataset:a?latent_scale=x", "latent_scale=x is not a number"),
         ("webdataset:/nowhere/{0..1}.tar", r"no shard matches /nowhere/0\.tar"),
         ("image_folder:/nowhere", "/nowhere is not a folder"),
+        ("coco:a.json", r"coco:a\.json does not say where its pictures are; add \?images=FOLDER"),
+        ("coco:a.json?images=b", r"a\.json cannot be read .* give COCO's captions_val2017\.json"),
         ("array_record:/nowhere", "/nowhere holds no"),
     ],
 )
 def test_lines_that_open_nothing(spec, told):
     with pytest.raises(InputError, match=told) as error:
         open_source(spec)
+    assert "\n" not in str(error.value)
+
+
+def write_coco(folder, **changes):
+    """Two pictures, of which one has two captions, and one that nobody described."""
+    (folder / "val").mkdir(parents=True)
+    for i in (9, 4, 7):
+        Image.fromarray(np.full((20, 30, 3), i, np.uint8)).save(folder / f"val/{i:012d}.png")
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012d}.png"} for i in (9, 4, 7)],
+        "annotations": [
+            {"id": 30, "image_id": 9, "caption": "later"},
+            {"id": 12, "image_id": 4, "caption": "four"},
+            {"id": 11, "image_id": 9, "caption": " A dog. \n"},
+        ],
+    }
+    (folder / "captions.json").write_text(json.dumps(content | changes))
+    return f"coco:{folder / 'captions.json'}?images={folder / 'val'}"
+
+
+def test_coco_has_one_caption_for_each_picture(tmp_path):
+    source = pickle.loads(pickle.dumps(open_source(write_coco(tmp_path / "coco"))))
+    assert [(source[i]["text"], source[i]["image"][0, 0, 0]) for i in range(len(source))] == [
+        ("A dog.", 9),
+        ("four", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"annotations": []}, "has no picture with a caption"),
+        ({"images": {}}, "has no picture with a caption"),
+        ({"images": [{"id": 4}]}, r"does not hold images and annotations .*\('file_name'\)"),
+        ({"annotations": [{"id": 1, "image_id": 4}]}, r"does not hold images and annotations .*\('caption'\)"),
+        ({"images": [{"id": 4, "file_name": "../a.png"}]}, r"names pictures outside their folder: \.\./a\.png"),
+        ({"images": [{"id": 4, "file_name": "b.png"}]}, r"not in \S+val: b\.png; set images to theirs"),
+    ],
+)
+def test_what_is_not_coco(changes, told, tmp_path):
+    with pytest.raises(InputError, match=told) as error:
+        open_source(write_coco(tmp_path / "coco", **changes))
     assert "\n" not in str(error.value)

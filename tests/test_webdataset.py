@@ -1,6 +1,7 @@
 """WebDataset shards: what they hold, read at random, and everything hostile or broken told in one line."""
 
 import io
+import json
 import multiprocessing
 import pickle
 import struct
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from d2f_jax.data.loader import train_batches
+from d2f_jax.data.open import open_source
 from d2f_jax.data.webdataset import WebDataset
 from d2f_jax.errors import InputError
 
@@ -54,6 +56,68 @@ def write(path, members, **changes) -> str:
 
 def pairs(*numbers: int) -> list[tuple[str, bytes]]:
     return [item for n in numbers for item in ((f"{n:04d}.png", png(n)), (f"{n:04d}.txt", str(n).encode()))]
+
+
+def laion(*notes: dict) -> list[tuple[str, bytes]]:
+    """As img2dataset writes it: picture, caption and what it knows of both."""
+    parts = [(pairs(n), (f"{n:04d}.json", json.dumps(note).encode())) for n, note in enumerate(notes)]
+    return [member for pair, told in parts for member in (*pair, told)]
+
+
+NOTES = (
+    {"AESTHETIC_SCORE": 6.5, "original_width": 512, "caption": "0"},
+    {"AESTHETIC_SCORE": 5.9, "original_width": 900, "caption": "1"},
+    {"AESTHETIC_SCORE": 7, "original_width": 511, "caption": "2"},
+    {"AESTHETIC_SCORE": None, "original_width": 800, "caption": "3"},
+    {"AESTHETIC_SCORE": 9.0, "original_width": 800, "caption": "4"},
+)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "kept"),
+    [
+        ({}, "01234"),
+        ({"least": "AESTHETIC_SCORE:6"}, "024"),
+        ({"least": "AESTHETIC_SCORE:6.5,original_width:512"}, "04"),
+        ({"least": "AESTHETIC_SCORE:6", "most": "original_width:512"}, "02"),
+        ({"most": "AESTHETIC_SCORE:6"}, "1"),
+    ],
+)
+def test_what_img2dataset_tells_of_examples_bounds_them(bounds, kept, tmp_path):
+    write(tmp_path / "shards/0.tar", laion(*NOTES[:3]))
+    write(tmp_path / "shards/1.tar", [*laion(*NOTES)[9:], ("0009.json", b"{}")])  # which has nothing beside it
+    options = "&".join(f"{name}={value}" for name, value in bounds.items())
+    source = open_source(f"webdataset:{tmp_path / 'shards'}{'?' * bool(options)}{options}")
+    assert "".join(texts(pickle.loads(pickle.dumps(source)))) == kept
+
+
+@pytest.mark.parametrize(
+    ("notes", "bounds", "told"),
+    [
+        (NOTES, {"least": "AESTHETIC_SCORE:9.5"}, "no examples, or none within least='AESTHETIC_SCORE:9.5', most=''"),
+        (
+            NOTES,
+            {"least": "aesthetic:6"},
+            r"0000\.json tells no aesthetic, .* only AESTHETIC_SCORE, caption, original_w",
+        ),
+        (NOTES, {"most": "caption:6"}, r"0000\.json has caption='0'; most is of numbers"),
+        ((NOTES[0], []), {"most": "original_width:600"}, r"0001\.json tells no original_width, .* only no names"),
+        (NOTES, {"least": "AESTHETIC_SCORE"}, "least=AESTHETIC_SCORE is not of the form name:number"),
+        (NOTES, {"least": "AESTHETIC_SCORE:nan"}, "least=AESTHETIC_SCORE:nan is not of the form"),
+    ],
+)
+def test_bounds_that_say_nothing(notes, bounds, told, tmp_path):
+    shard = write(tmp_path / "0.tar", laion(*notes))
+    with pytest.raises(InputError, match=told) as error:
+        WebDataset(shard, **bounds)
+    assert "\n" not in str(error.value)
+
+
+def test_bounds_need_what_they_are_of(tmp_path):
+    with pytest.raises(InputError, match=r"0\.tar: 0003 has no member json, which least is of; leave that out"):
+        WebDataset(write(tmp_path / "0.tar", pairs(3)), least="a:1")
+    with pytest.raises(InputError, match=r"1\.tar: 0003\.json is not JSON"):
+        WebDataset(write(tmp_path / "1.tar", [*pairs(3), ("0003.json", b"{")]), least="a:1")
 
 
 def texts(source) -> list[str]:

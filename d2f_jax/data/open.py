@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from d2f_jax.data.coco import Coco
 from d2f_jax.data.depth_files import Hypersim, VirtualKitti2
 from d2f_jax.data.depth_lists import DepthList
 from d2f_jax.data.sources import ImageFolder, Source
@@ -19,6 +20,8 @@ def open_source(spec: str) -> Source:
         image_folder:pictures
         array_record:prepared?split=validation
         webdataset:shards/{000..099}.tar?latent_scale=0.18215
+        webdataset:laion/{00000..00099}.tar?least=AESTHETIC_SCORE:6,original_width:512&most=punsafe:0.5
+        coco:annotations/captions_val2017.json?images=val2017
         hypersim:hypersim?split=train
         vkitti2:virtual_kitti_2
         depth_list:filename_list_test.txt?root=nyuv2&protocol=nyuv2
@@ -64,12 +67,13 @@ def _listing(names: dict) -> str:
 
 _KINDS: dict[str, tuple[Callable[..., Source], dict[str, Callable]]] = {
     "array_record": (_open_prepared, {"split": str}),
+    "coco": (Coco, {"images": str}),
     "depth_list": (DepthList, {"root": str, "protocol": str}),
     "hypersim": (Hypersim, {"split": str}),
     "image_folder": (ImageFolder, {}),
     "tfds": (TFDSSource, {"split": str, "image": str, "text": str, "data_dir": str}),
     "uniform_colours": (UniformColours, {}),
     "vkitti2": (VirtualKitti2, {}),
-    "webdataset": (WebDataset, {"latent_scale": float}),
+    "webdataset": (WebDataset, {"latent_scale": float, "least": str, "most": str}),
 }
 """How each kind is opened, and its options with their types."""

@@ -12,11 +12,12 @@ example. What is wrong with one example is told when it is read, so that the loa
 """
 
 import glob
+import json
 import math
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,13 +47,19 @@ class WebDataset:
     `latent_scale` is the number that latents were multiplied by: that of the VAE, as in the shards of pictures that
     Diff2Flow was trained on, or 1, as in those of depth. It can't be told from the data, so there is none that is taken
     for granted.
+
+    `least` and `most` are bounds of numbers that `000123.json` tells of an example, as img2dataset writes it:
+    `least="AESTHETIC_SCORE:6,original_width:512"` leaves out all pictures that are below one of these, or of which one
+    is null. Raises `InputError` where a json does not know the name.
     """
 
-    def __init__(self, pattern: str | Path, latent_scale: float | None = None):
+    def __init__(self, pattern: str | Path, latent_scale: float | None = None, least: str = "", most: str = ""):
         self._shards = _find_shards(str(pattern))
-        found = [(number, *group) for number, shard in enumerate(self._shards) for group in _index(shard)]
+        bounds = _bounds("least", least) + _bounds("most", most)
+        found = [(number, *group) for number, shard in enumerate(self._shards) for group in _index(shard, bounds)]
         if not found:
-            raise InputError(f"{pattern} holds no examples; members are named as in 000123.jpg and 000123.txt")
+            told = f", or none within least={least!r}, most={most!r}" if bounds else ""
+            raise InputError(f"{pattern} holds no examples{told}; members are named as in 000123.jpg and 000123.txt")
         self._shard_of = np.array([number for number, _, _ in found], np.int32)
         self._keys = [key for _, key, _ in found]
         self._places = np.array([places for _, _, places in found], np.int64)
@@ -128,6 +135,7 @@ def _read(shard: str, places: np.ndarray) -> dict[str, bytes]:
     return data
 
 
+_NOTES = "json"
 _NONE = -1  # offset and size of a part that an example lacks
 _MAX_VALUE = 65504  # of float16
 _PICTURES = re.compile(r"(image\.)?(jpg|jpeg|png|webp)")
@@ -164,12 +172,12 @@ def _ranges(pattern: str) -> list[str]:
 Places = tuple[tuple[int, int], ...]  # offset and size of each of PARTS
 
 
-def _index(shard: str) -> list[tuple[str, Places]]:
-    """Key and places of every example in the order in which they begin."""
+def _index(shard: str, bounds: Sequence["_Bound"]) -> list[tuple[str, Places]]:
+    """Key and places of every example within the bounds, in the order in which they begin."""
     found: dict[str, dict[str, _Member]] = {}
     for member in _members(shard):
         split = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name)
-        part = _part(split[2].lower()) if split else None
+        part = _part(split[2].lower(), bool(bounds)) if split else None
         if split is None or part is None:
             continue
         example = found.setdefault(split[1], {})
@@ -177,11 +185,15 @@ def _index(shard: str) -> list[tuple[str, Places]]:
             names = f"{example[part].name} and {member.name}"
             raise InputError(f"{shard} holds two members for {part} of {split[1]}: {names}; keep one of them")
         example[part] = member
-    place = {key: {part: (m.offset, m.size) for part, m in example.items()} for key, example in found.items()}
+    notes = {key: example.pop(_NOTES, None) for key, example in found.items()}
+    kept = {key: example for key, example in found.items() if example and _within(bounds, shard, key, notes[key])}
+    place = {key: {part: (m.offset, m.size) for part, m in example.items()} for key, example in kept.items()}
     return [(key, tuple(parts.get(part, (_NONE, _NONE)) for part in PARTS)) for key, parts in place.items()]
 
 
-def _part(field: str) -> str | None:
+def _part(field: str, notes: bool) -> str | None:
+    if notes and field == _NOTES:
+        return _NOTES
     if _PICTURES.fullmatch(field):
         return "image"
     if field in ("txt", "prompt.txt"):
@@ -195,6 +207,53 @@ class _Member(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+class _Bound(NamedTuple):
+    """`sign * number >= sign * value`, which is of `least` for 1, of `most` for -1."""
+
+    option: str
+    name: str
+    sign: int
+    value: float
+
+
+def _bounds(option: str, told: str) -> list[_Bound]:
+    found = []
+    for one in filter(None, told.split(",")):
+        name, colon, value = one.rpartition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (name and colon) or math.isnan(number):
+            raise InputError(f"{option}={told} is not of the form name:number,name:number, as AESTHETIC_SCORE:6")
+        found.append(_Bound(option, name, 1 if option == "least" else -1, number))
+    return found
+
+
+def _within(bounds: Sequence[_Bound], shard: str, key: str, notes: _Member | None) -> bool:
+    if not bounds:
+        return True
+    if notes is None:
+        raise InputError(f"{shard}: {key} has no member json, which {bounds[0].option} is of; leave that out")
+    with open(shard, "rb") as file:
+        file.seek(notes.offset)
+        content = file.read(notes.size)
+    try:
+        told = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{shard}: {notes.name} is not JSON ({error}); write it anew") from error
+    for bound in bounds:
+        if not isinstance(told, dict) or bound.name not in told:
+            names = ", ".join(sorted(told)) if isinstance(told, dict) else "no names"
+            raise InputError(f"{shard}: {notes.name} tells no {bound.name}, which {bound.option} is of, only {names}")
+        number = told[bound.name]
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise InputError(f"{shard}: {notes.name} has {bound.name}={number!r}; {bound.option} is of numbers")
+        if number is None or not bound.sign * number >= bound.sign * bound.value:
+            return False
+    return True
 
 
 def _members(shard: str) -> Iterator[_Member]:
