@@ -224,7 +224,8 @@ def shard_tasks(folder: Path, plan: Plan) -> Iterator[Task]:
 def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str, *, mirrored: bool) -> Encode:
     """What a train step computes, for this process's devices, `batch_size` pictures on each; perhaps mirrored as well.
 
-    Shape and place of a picture on its device are the same whatever the number of devices, and so is its latent.
+    Shape and place of a picture on its device are the same whatever the number of devices, and so, but for rounding, is
+    its latent.
     The pipeline's UNet is given up.
     """
     mesh = Mesh(np.array(jax.local_devices()), ("images",), axis_types=(AxisType.Auto,))

@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any, cast
 
 import fidelity
+import hosts
 import numpy as np
 import pytest
 import safetensors.torch
@@ -27,9 +25,7 @@ from d2f_jax.alignment import Alignment
 from d2f_jax.data.shapes_world import shapes_world
 from d2f_jax.evaluate import evaluate, picture_scores
 from d2f_jax.measures import Gathered, Judges, scores
-from d2f_jax.settings import flat
 
-ROOT = Path(__file__).parents[1]
 COUNT = 6
 HOW = {"guidance_scale": 3.0, "guidance_rescale": 0.5, "negative_prompt": "a cone", "seed": 1234, "sampler": "heun"}
 NAIVE = Alignment(timestep=False, state=False, velocity=False, raw_time=True)
@@ -193,17 +189,10 @@ def test_two_processes_and_the_program_tell_what_one_does(model: Path, clip: Pat
     torch.save(twins.Aesthetic(20).state_dict(), tmp_path / "aesthetic.pth")
     aesthetic = str(tmp_path / "aesthetic.pth")
     found = evaluate(wanted, tmp_path / "one", clip=str(clip), aesthetic=aesthetic, bits=True)
-    usual = flat(quickstart.get_config().to_dict())
-    changes = {key: value for key, value in flat(wanted.to_dict()).items() if value != usual[key]}
-    del changes["config.model"]
-    command = ["launch/local_hosts.sh", "2", "--devices=1", "--module=d2f_jax.evaluate", "--"]
-    command += ["--config=configs/quickstart.py", *(f"--{key}={value}" for key, value in changes.items())]
-    command += [f"--model={model}", f"--clip={clip}", f"--aesthetic={aesthetic}", "--bits"]
-    command += [f"--out={tmp_path / 'two'}"]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("FID: give --inception=FILE") == ran.stdout.count("scores: ") == 1
+    arguments = ["--config=configs/quickstart.py", *hosts.changes(wanted, quickstart.get_config()), "--bits"]
+    arguments += [f"--model={model}", f"--clip={clip}", f"--aesthetic={aesthetic}", f"--out={tmp_path / 'two'}"]
+    ran = hosts.two("d2f_jax.evaluate", *arguments, devices=1)
+    assert ran.count("FID: give --inception=FILE") == ran.count("scores: ") == 1
     other = json.loads((tmp_path / "two" / "scores.json").read_text())["scores"]
     for num_steps, values in found.items():  # pictures differ by a level here and there
         assert other[str(num_steps)] == pytest.approx(values, rel=1e-2)

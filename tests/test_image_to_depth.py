@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +257,11 @@ def test_evaluated_at_the_pictures_own_size(finished: Path, tmp_path: Path) -> N
     assert written["depth"] == {"ensemble": 2, "protocol": "", "space": "log"} and written["num_images"] == 4
     assert written["judged_by"] == {"depth": "all"}
     assert written["task"]["name"] == "image_to_depth" and "guidance_scale" not in written
+    arguments = ["--config=configs/depth.py:diff2flow", *hosts.changes(config, depth.get_config())]
+    arguments += [f"--model={config.model}", f"--out={tmp_path / 'two'}"]
+    assert hosts.two("d2f_jax.evaluate", *arguments, devices=1).count("scores: ") == 1
+    for num_steps, values in json.loads((tmp_path / "two" / "scores.json").read_text())["scores"].items():
+        assert values == pytest.approx(found[int(num_steps)], rel=1e-3)
     with pytest.raises(
         InputError, match="--clip, --aesthetic and --bits judge pictures, and this config tells depth; leave them out"
     ):

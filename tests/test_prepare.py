@@ -3,11 +3,9 @@
 import dataclasses
 import io
 import json
-import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -15,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hosts
 import numpy as np
 import pytest
 import small
@@ -237,20 +236,10 @@ def test_killed_and_started_again(model: Path, pictures: Path, finished: Path, t
 
 
 def test_two_processes_write_what_one_writes(model: Path, pictures: Path, finished: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    running = []
-    for process in range(2):
-        run = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
-        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environment = {**os.environ, **run, "XLA_FLAGS": flags}
-        running.append(subprocess.Popen(command(model, pictures, tmp_path / "out"), env=environment, **pipes))
-    told = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [0, 0], told
+    _, _, module, *arguments = command(model, pictures, tmp_path / "out")
+    told = hosts.two(module, *arguments, devices=8)
     assert contents(tmp_path / "out") == contents(finished)
-    assert "54 examples" in told[0][0] and "images" not in told[1][0]
+    assert told.count("54 examples") == 1
 
 
 def test_a_damaged_picture_stops_or_is_left_out(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import hosts
 import jax
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from d2f_jax.pipeline import STEPS
 from d2f_jax.prepare import Options
 from d2f_jax.reflow import reflow
 from d2f_jax.sampler import Sampler
-from d2f_jax.settings import flat
 
 OPTIONS = Options(shard_size=4, batch_size=1)
 COUNT, CAPTIONS = 10, 6
@@ -133,18 +131,14 @@ def test_a_teacher_may_have_adapters(model: Path, tmp_path: Path) -> None:
         assert_sampled(tmp_path / "pairs", teacher, "heun", 0, 1)
 
 
-def test_the_program_makes_the_same(made: tuple[str, Path], model: Path, tmp_path: Path) -> None:
+def test_two_processes_of_the_program_make_the_same(made: tuple[str, Path], model: Path, tmp_path: Path) -> None:
     sampler, folder = made
     if sampler != "heun":
         pytest.skip("one sampler is enough")
-    wanted = flat(config(model, sampler, **{"data.num_train": CAPTIONS}).to_dict())
-    usual = flat(quickstart.get_config().to_dict())
-    changed = [f"--{key}={value}" for key, value in wanted.items() if value != usual[key] and key != "config.model"]
-    command = [sys.executable, "-m", "d2f_jax.reflow", "--config=configs/quickstart.py", *changed]
-    command += [f"--model={model}", f"--out={tmp_path}", "--shard_size=4", "--batch_size=1"]
-    told = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert "train: 10 pairs\nvalidation: 2 pairs" in told.stdout
+    changed = hosts.changes(config(model, sampler), quickstart.get_config())
+    arguments = [f"--model={model}", f"--out={tmp_path}", "--shard_size=4", "--batch_size=1"]
+    told = hosts.two("d2f_jax.reflow", "--config=configs/quickstart.py", *changed, *arguments, devices=8)
+    assert told.count("train: 10 pairs") == told.count("validation: 2 pairs") == 1
     assert files(tmp_path) == files(folder)
 
 
