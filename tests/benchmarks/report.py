@@ -73,8 +73,8 @@ def against(record: dict[str, Any]) -> str:
 
 
 KERNELS = """
-On CPUs XLA leaves convolutions and products to YNNPACK, here at a loss. "XLA's own kernels" are those of the same
-program under `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`.
+On CPUs XLA leaves convolutions and products to YNNPACK. "XLA's own kernels" are those of the same program under
+`XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`.
 """
 
 
