@@ -139,8 +139,8 @@ class Checkpoints:
 def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
     """Step and EMA parameters alone of the newest checkpoint in `folder`, placed as `like`.
 
-    Of a run that kept no average, what it trained.
-    Raises InputError if there is no checkpoint, the newest is damaged, or its parameters are not those of `like`.
+    Of a run that kept no average it is what was trained. Raises InputError if there is no checkpoint, the newest is
+    damaged, or its parameters are not those of `like`.
     """
     folder = folder.absolute()
     with ocp.CheckpointManager(

@@ -141,8 +141,8 @@ def scores(judges: Judges, drawn: Gathered, real: Gathered) -> dict[str, float]:
     """Of what all processes have drawn against real pictures; both are merged already.
 
     `fid`, `kid` and, of more than 1000 pictures, `kid_std`; on ShapesWorld `shapes_frechet_distance` and
-    `caption_accuracy`; `clip_score`; `aesthetic_score`; and, picture by picture against the real one of the
-    same caption, `psnr` in dB and `ssim`.
+    `caption_accuracy`; `clip_score`; `aesthetic_score`; and, picture by picture against the real one of the same
+    caption, `psnr` in dB and `ssim`.
     """
     told: dict[str, float] = {}
     if judges.inception is not None:

@@ -38,8 +38,8 @@ def make_program(
 ) -> Callable[..., jax.Array]:
     """`make_latents` jitted, with latents decoded: to uint8 images [B, H, W, 3], or depth float32 [B, H, W].
 
-    Depth is from 0, near, to 1, far. What "invert" and "bits" give
-    stays as it is; of a "trajectory" [B, N+1, ...] all is decoded.
+    Depth is from 0, near, to 1, far. What "invert" and "bits" give stays as it is; of a "trajectory" [B, N+1, ...] all
+    is decoded.
     """
     compute = make_latents(model, how, direction, guided)
 

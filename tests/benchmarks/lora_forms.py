@@ -193,8 +193,11 @@ def main() -> None:
         for row in parts[name](known):
             print(row, flush=True)
             known.append(row)
-            record[name] = stamp | {"rows": known}
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            if name == "tpu":  # minutes a row; the others begin anew, and keep what was known until they are done
+                record[name] = stamp | {"rows": known}
+                file.write_text(json.dumps(record, indent=1) + "\n")
+        record[name] = stamp | {"rows": known}
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
