@@ -27,8 +27,9 @@ class Plan:
 
     The program runs `runs` times, as a training has steps, each time on `batch_size` images. They are `rows` of what is
     computed: depth is estimated `ensemble` times for each, and every device has as many. If it does not fit, all that
-    is known is `memory`, of which it "needs" more than is "usable". `seconds` are `bounds`. How often `unknown_loops`
-    run is not known: they count as one round, or as the sampler's steps.
+    is known is `memory`, of which it "needs" more than is "usable". `seconds` are `bounds`, of which "estimated" is
+    of tiles found in a shorter search if `quick`. How often `unknown_loops` run is not known: they count as one round,
+    or as the sampler's steps.
     """
 
     program: Kind
@@ -48,6 +49,7 @@ class Plan:
     data: str | None
     parameters: dict[str, int]
     useful_flops_per_image: float | None
+    quick: bool
     compile_seconds: float
     memory: dict[str, int]
     fits: bool
@@ -77,7 +79,7 @@ class Plan:
         return dataclasses.asdict(self) | {"bound_by": self.bound_by if self.fits else None, "times": self.times()}
 
 
-def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
+def make_plan(config: Config, kind: Kind, where: Topology, quick: bool = False) -> Plan:
     """Compiles the program, unless it was before. Raises InputError for a config that no run could have."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, where.devices)
     settings.check_values(config)
@@ -100,7 +102,7 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
         useful, steps, size = None, max(config.eval.step_counts), config.eval.batch_size
         rows, ensemble = blueprint.rows_drawn(config, mesh), blueprint.estimates(config)
         lowered = blueprint.lower_sampler(config, drawn, mesh, steps)
-    answer = oracle.ask(lowered, where, program.cache_folder() / "plans")
+    answer = oracle.ask(lowered, where, program.cache_folder() / "plans", quick)
     work = traffic.work(hlo.parse(answer.hlo), unknown_trips=steps or 1) if answer.fits else None
     return Plan(
         program=kind,
@@ -120,6 +122,7 @@ def make_plan(config: Config, kind: Kind, where: Topology) -> Plan:
         data=drawn.data if train else None,
         parameters=parameters,
         useful_flops_per_image=useful and useful / size,
+        quick=quick,
         compile_seconds=answer.seconds,
         memory=_memory(answer, where),
         fits=answer.fits,
@@ -209,6 +212,7 @@ def _time_rows(plan: Plan) -> list[list[str]]:
     for name, times in plan.times().items():
         speed = _quantity(times["images_per_second_per_chip"], "")
         told = f"{_quantity(times['seconds'], 's')}, {speed} images/s per chip"
+        told += ", with tiles that were found quickly" if name == "estimated" and plan.quick else ""
         told += ", ICI at best" if plan.seconds["ICI"] and name != "overlapping" else ""
         if plan.program == "train":
             told += f"; {plan.runs} steps: {times['hours']:.2g} hours, {times['chip_hours']:.2g} chip-hours"

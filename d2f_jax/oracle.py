@@ -23,10 +23,12 @@ from jax.experimental import topologies
 from d2f_jax.chips import TPU, TPUS
 from d2f_jax.errors import InputError, SaveError
 
-# For most of its time the compiler looks for better tiles of each convolution. With this it ends the search a little
-# early. Two of Stable Diffusion's it compiled to the same estimate of cycles in a quarter of the time, for v6e; memory
-# and traffic of a block, and all that is told of tiny-sd, were the same with it and without.
-_OPTIONS: dict[str, str | bool] = {"xla_jf_convolution_performance_target": "0.99"}
+# For most of its time the compiler looks for better tiles of each convolution. With this it ends the search early, and
+# most of that time is saved. At 0.99 two convolutions of Stable Diffusion's had the same estimate of cycles as without
+# it, for v6e. A residual block with a transformer has the same memory, traffic and FLOPs at 0.9 as at 0.99, in half the
+# time for v5e and a third for v6e, but 10% and 18% more cycles; at 0.5 some of its products have no cycles at all.
+_TARGET = "xla_jf_convolution_performance_target"
+_USUAL, _QUICK = "0.99", "0.9"
 _MEANING = 1  # of what is kept of an answer; to be raised when it changes, so that it is asked for anew
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -110,18 +112,21 @@ def _check_compiler() -> None:
         ) from error
 
 
-def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
-    """What the compiler says; from `cache` if it was asked the same before. Raises SaveError."""
+def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path, quick: bool = False) -> Answer:
+    """What the compiler says; from `cache` if it was asked the same before. Raises SaveError.
+
+    If `quick`, cycles are of tiles that it found in a shorter search.
+    """
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     asked = [field.name for field in dataclasses.fields(Answer)]
     place = [where.name, where.slices, dict(where.tpu.options)]
-    question = json.dumps([_MEANING, asked, place, versions, flags, _OPTIONS, lowered.as_text()])
+    question = json.dumps([_MEANING, asked, place, versions, flags, _options(quick), lowered.as_text()])
     file = cache / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json.gz"
     if (answer := _kept(file)) is not None:
         return answer
     print(f"compiling for {where.name}: seconds for tiny-sd, minutes for Stable Diffusion", file=sys.stderr)
-    answer = _asked(lowered)
+    answer = _asked(lowered, quick)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -132,14 +137,18 @@ def ask(lowered: jax.stages.Lowered, where: Topology, cache: Path) -> Answer:
     return answer
 
 
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compiled(lowered: jax.stages.Lowered, quick: bool = False) -> jax.stages.Compiled:
     """With a shorter search, if the compiler knows how to be told."""
     try:
-        return lowered.compile(_OPTIONS)
+        return lowered.compile(_options(quick))
     except JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise
     return lowered.compile()
+
+
+def _options(quick: bool) -> dict[str, str | bool]:
+    return {_TARGET: _QUICK if quick else _USUAL}
 
 
 def _kept(file: Path) -> Answer | None:
@@ -150,10 +159,10 @@ def _kept(file: Path) -> Answer | None:
         return None
 
 
-def _asked(lowered: jax.stages.Lowered) -> Answer:
+def _asked(lowered: jax.stages.Lowered, quick: bool) -> Answer:
     began = time.monotonic()
     try:
-        program = compiled(lowered)
+        program = compiled(lowered, quick)
     except JaxRuntimeError as error:
         needs = _too_much(str(error))
         if needs is None:

@@ -227,6 +227,7 @@ def test_what_a_plan_does_not_know_is_told(fitting: Plan) -> None:
     assert rows["loops of unknown length"] == "3, of 1 rounds as counted"
     assert rows["2 x exchange between slices"] == "1 MB come in, over a network whose speed is not known here"
     assert ", ICI at best;" in rows["one operation after another"] and "ICI" not in rows["at least"]
+    assert "quickly" in forecast.table(dataclasses.replace(fitting, quick=True)) and "quickly" not in text
 
 
 @pytest.mark.parametrize(("ensemble", "rows"), [(1, 8), (10, 40)])
@@ -285,7 +286,7 @@ def test_search_tells_the_fastest_first(
 ) -> None:
     most = {"none": 0, "elementwise": 0, "resnets": 16, "attentions": 8, "blocks": 70}  # images that fit all devices
 
-    def make_plan(made: ConfigDict, kind: str, where: Topology) -> Plan:
+    def make_plan(made: ConfigDict, kind: str, where: Topology, quick: bool) -> Plan:
         size, usable = made.train.batch_size, most[made.remat]
         memory = fitting.memory | {"temporaries": size, "needs": size, "usable": usable}
         return dataclasses.replace(fitting, remat=made.remat, batch_size=size, fits=size <= usable, memory=memory)
@@ -307,8 +308,9 @@ def test_what_the_compiler_said_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     lowered = jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32))
     first = oracle.ask(lowered, topology(), tmp_path)
     assert first.fits and first.arguments == 64 and "multiply" in first.hlo
-    monkeypatch.setattr(oracle, "_asked", lambda _: Answer(0.0, 1, 1, 1, 1, "again"))
+    monkeypatch.setattr(oracle, "_asked", lambda *_: Answer(0.0, 1, 1, 1, 1, "again"))
     assert oracle.ask(lowered, topology(), tmp_path) == first
+    assert oracle.ask(lowered, topology(), tmp_path, quick=True).hlo == "again"
     assert oracle.ask(lowered, topology("v6e:2x4"), tmp_path).hlo == "again"
     tpu = dataclasses.replace(topology().tpu, options={"chip_config_name": "megacore"})
     assert oracle.ask(lowered, dataclasses.replace(topology(), tpu=tpu), tmp_path).hlo == "again"
@@ -326,7 +328,7 @@ def test_a_damaged_answer_is_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
     monkeypatch.setattr(oracle.importlib.metadata, "version", lambda _: "1")
-    monkeypatch.setattr(oracle, "_asked", lambda _: Answer(0.0, 1, 1, 1, 1, "text"))
+    monkeypatch.setattr(oracle, "_asked", lambda *_: Answer(0.0, 1, 1, 1, 1, "text"))
     lowered = jax.jit(lambda x: 2 * x).lower(np.ones((4, 4), np.float32))
     first = oracle.ask(lowered, topology(), tmp_path)
     (file,) = tmp_path.iterdir()
@@ -356,10 +358,10 @@ class Failing:
     ],
 )
 def test_a_lack_of_memory_is_an_answer(message: str) -> None:
-    answer = oracle._asked(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
+    answer = oracle._asked(Failing(f"RESOURCE_EXHAUSTED: {message}"), quick=False)  # pyright: ignore
     assert not answer.fits and answer.needs == int(17.94 * 2**30)
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
-        oracle._asked(Failing("INTERNAL: it broke"))  # pyright: ignore
+        oracle._asked(Failing("INTERNAL: it broke"), quick=False)  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -371,7 +373,7 @@ def test_a_lack_of_memory_is_an_answer(message: str) -> None:
 )
 def test_a_lack_of_another_memory_is_not_told_as_one_of_hbm(message: str) -> None:
     with pytest.raises(InputError, match="no room in a memory that is not HBM"):
-        oracle._asked(Failing(f"RESOURCE_EXHAUSTED: {message}"))  # pyright: ignore
+        oracle._asked(Failing(f"RESOURCE_EXHAUSTED: {message}"), quick=False)  # pyright: ignore
 
 
 def test_a_missing_compiler_and_a_topology_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

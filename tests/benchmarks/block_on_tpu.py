@@ -35,7 +35,7 @@ def main() -> None:
     versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     mesh, rows = sharding.make_mesh(devices=list(where.devices)[:1]), []
     for attention, recompute in [("xla", "nothing"), *(("splash", what) for what in get_args(Recompute))]:
-        compiled = oracle.compiled(lowered(mesh, attention, recompute))
+        compiled = oracle.compiled(lowered(mesh, attention, recompute), quick=True)
         memory: Any = compiled.memory_analysis()
         work = traffic.work(hlo.parse(compiled.as_text() or ""))
         row = {"attention": attention, "recomputed": recompute, "temporaries": memory.temp_size_in_bytes}
