@@ -89,7 +89,7 @@ SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stabl
 def split(arg: str) -> tuple[str, str, str, str]:
     """Objective, model, preset of adapters, and source of OBJECTIVE[:sd15][:LORA][:SOURCE].
 
-    The model is Stable Diffusion 2.1 unless 1.5 is asked for; what else is left out is empty.
+    The model is Stable Diffusion 2.1 unless 1.5 is asked for; what else is left out is empty. Raises ValueError.
     """
     name, _, rest = arg.partition(":")
     if name not in OBJECTIVES:
@@ -101,4 +101,6 @@ def split(arg: str) -> tuple[str, str, str, str]:
         first, _, after = rest.partition(":")
     if first in quickstart.LORA:
         preset, rest = first, after
+    if model == SD15 and (not rest or rest.startswith("small:")):
+        raise ValueError("sd15 is for a run with a source, OBJECTIVE:sd15[:LORA]:SOURCE; the small one has tiny-sd")
     return name, model, preset, rest

@@ -4,7 +4,7 @@
 diffusers (PEFT's names) or kohya's scripts name it: the scale is folded into B, and all ranks of a file are filled up
 with zeros to the largest, since diffusers reads files of mixed ranks at wrong scales (with kohya's alphas, and before
 its pull request 14409 without them). The change of a fully trained convolution is a LoRA too, exactly, of rank at most
-min(O, I * H * W); that of a bias or a norm is none, and goes into a file of its own.
+min(O, I * H * W); that of a bias or a norm is none, and goes into a file of its own beside the first, which names it.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from d2f_jax.task import TEXT_TO_IMAGE, Task
 Layout = Literal["peft", "kohya"]
 
 _FORMAT = "d2f_jax.lora"
+_BESIDE = "biases_and_norms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,9 @@ def save(
 def load(file: str | Path, params: nnx.State, text_encoder: nnx.State | None = None) -> Loaded:
     """Adapters of a UNet with `params`, from what `save` or `export`, PEFT, diffusers or kohya's scripts have written.
 
-    Those of PyTorch's world may hold adapters of the `text_encoder`, whose parameters have to be given then. Raises
-    InputError for a file that is damaged, and one that names every tensor that is missing, unexpected, or of another
-    shape than this model asks for.
+    With a file of `export` the one beside it is read as well, if it names one. Those of PyTorch's world may hold
+    adapters of the `text_encoder`, whose parameters have to be given then. Raises InputError for a file that is
+    damaged, and one that names every tensor that is missing, unexpected, or of another shape than this model asks for.
     """
     file = Path(file)
     with _opened(file) as handle:
@@ -89,7 +90,10 @@ def load(file: str | Path, params: nnx.State, text_encoder: nnx.State | None = N
     if text_encoder is not None:
         networks["text_encoder"] = text_encoder
     trained = lora_foreign.read(file, tensors, metadata, networks)
-    return Loaded(trained["unet"], 1.0, trained.get("text_encoder", {}))
+    unet = trained["unet"]
+    if _BESIDE in metadata:
+        unet |= _beside(file, metadata[_BESIDE], params)
+    return Loaded(unet, 1.0, trained.get("text_encoder", {}))
 
 
 def learned(file: str | Path) -> Learned | None:
@@ -153,13 +157,14 @@ def export(
         tensors[down], tensors[up] = _torch(a), _torch(b)
         if layout == "kohya":
             tensors[_alpha(down)] = np.float32(rank)
-    _write(file, tensors, {"format": "pt"} | ({} if how is None else _told(how)))
-    beside = file.with_name(f"{file.stem}.biases_and_norms.safetensors")
-    if not rest:
+    beside = file.with_name(f"{file.stem}.{_BESIDE}.safetensors")
+    metadata = {"format": "pt"} | ({} if how is None else _told(how))
+    if rest:
+        _write(beside, rest, {"format": "pt"})
+    else:
         beside.unlink(missing_ok=True)
-        return None
-    _write(beside, rest, {"format": "pt"})
-    return beside
+    _write(file, tensors, metadata | ({_BESIDE: beside.name} if rest else {}))
+    return beside if rest else None
 
 
 def _told(how: Learned) -> dict[str, str]:
@@ -203,6 +208,21 @@ def _own(file: Path, tensors: dict[str, Any], metadata: dict[str, str], params: 
     lora_foreign.refuse(file, faults)
     flat = {name: jnp.asarray(x) for name, x in tensors.items()}
     return Loaded({path: _entry(path, entry, flat) for path, entry in like.items()}, scale)
+
+
+def _beside(file: Path, name: str, params: nnx.State) -> Trained:
+    """What was trained fully and is no LoRA, from the file that `file` names."""
+    if not (beside := file.with_name(name)).exists():
+        raise InputError(f"{beside} is missing, the biases and norms that were trained with {file.name}; copy it, too")
+    with _opened(beside) as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    known = {weights.key_of(tuple(path.split("."))): (path, x.shape) for path, x in lora.flatten(params).items()}
+    faults = [f"unexpected {key}" for key in sorted(tensors.keys() - known.keys())]
+    for key in sorted(tensors.keys() & known.keys()):
+        if tensors[key].shape != known[key][1]:
+            faults.append(f"misshapen {key} {tensors[key].shape}, this model makes it {known[key][1]}")
+    lora_foreign.refuse(beside, faults)
+    return {known[key][0]: jnp.asarray(x) for key, x in tensors.items()}
 
 
 def _flat(trained: Trained) -> dict[str, Any]:

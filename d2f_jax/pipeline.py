@@ -277,6 +277,7 @@ class Pipeline:
         self._require(of_pictures=True)
         if ensemble < 1:
             raise InputError(f"ensemble={ensemble}: give a whole number, 1 or more")
+        self.task.check_ensemble(ensemble)
         height, width = images.shape[1:3]
         longer = self.resolution if resolution is None else resolution
         tall, wide = working_size(height, width, longer or max(height, width), self.vae.config.downsampling)

@@ -131,6 +131,7 @@ def check(config: Config, mesh: Mesh) -> None:
     check_values(config)
     alignment, task, sampler = make_objective(config).alignment, make_task(config), eval_sampler(config)
     sampler.check(alignment, at_noise=task.start == "noise")
+    task.check_ensemble(config.eval.depth.ensemble)
     sharding.check_batch_size(config.train.batch_size, config.train.accumulate, mesh)
 
 

@@ -73,6 +73,13 @@ class Task:
         """How many latents the network takes side by side."""
         return 2 if self.of_pictures and self.concatenate else 1
 
+    def check_ensemble(self, members: int) -> None:
+        """Raises InputError for several estimates of which each would be the same."""
+        if members > 1 and self.start == "image" and not self.start_noise:
+            raise InputError(
+                f"ensemble={members}: a flow from the picture itself, without noise, makes one estimate; use 1"
+            )
+
     def network_input(self, x: jax.Array, picture: jax.Array | None) -> jax.Array:
         """The state, and before it the picture's latent if it is concatenated."""
         if picture is None or self.inputs == 1:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import depth, quickstart, reflow, text_to_image
-from d2f_jax import InputError, NoiseSchedule, Pipeline, blueprint, evaluate, prior, sharding, train, weights
+from d2f_jax import InputError, NoiseSchedule, Pipeline, blueprint, evaluate, prior, settings, sharding, train, weights
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.prepare import Options
 from d2f_jax.reflow import reflow as make_pairs
@@ -111,6 +111,35 @@ def test_the_schedule_ends_in_noise_where_the_published_code_has_it_so(file: Mod
         for model, wanted in (("", file is not reflow and objective == "diff2flow"), (":sd15", False)):
             assert file.get_config(f"{objective}{model}:array_record:X").zero_terminal_snr == wanted
         assert not file.get_config(objective).zero_terminal_snr
+
+
+def test_stable_diffusion_15_needs_a_source() -> None:
+    for file, arg in (
+        (text_to_image, "diff2flow:sd15"),
+        (depth, "diffusion:sd15:lora_base"),
+        (reflow, "diff2flow:sd15:small:X"),
+    ):
+        with pytest.raises(ValueError, match="sd15 is for a run with a source, OBJECTIVE:sd15"):
+            file.get_config(arg)
+    assert depth.get_config("diffusion:sd15:lora_base:array_record:X").model == text_to_image.SD15
+
+
+COMMON = {"train.optimizer": "adam", "train.ema_decay": 0.999, "train.ema_start": 1000}
+PUBLISHED = {
+    text_to_image: COMMON | {"train.learning_rate": 1e-5, "data.caption_dropout": 0.02, "data.image_size": 512},
+    depth: COMMON
+    | {"train.learning_rate": 3e-5, "train.batch_size": 32, "train.num_steps": 25_000, "train.warmup_steps": 100}
+    | {"data.image_size": 384, "data.image_width": 512, "train.schedule": "exponential", "train.final_rate": 0.01},
+    reflow: COMMON | {"train.learning_rate": 5e-5, "data.caption_dropout": 0.0, "reflow.count": 1_644_334},
+}
+
+
+@pytest.mark.parametrize("file", [text_to_image, depth, reflow])
+def test_the_large_runs_have_the_published_values(file: ModuleType) -> None:
+    """Of the paper's published code; of depth the schedule and the batch are Marigold's (arXiv 2312.02145)."""
+    for objective in text_to_image.OBJECTIVES:
+        config = settings.flat(file.get_config(f"{objective}:array_record:X").to_dict())
+        assert {name: config[f"config.{name}"] for name in PUBLISHED[file]} == PUBLISHED[file]
 
 
 def test_a_schedule_that_ends_in_noise_is_exported(model: Path, tmp_path: Path) -> None:

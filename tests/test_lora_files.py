@@ -206,6 +206,27 @@ def test_all_ranks_of_a_file_are_one(model: Path, tmp_path: Path, layout: Any) -
 
 
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_what_is_exported_with_whole_layers_loads_here_too(model: Path, tmp_path: Path, layout: Any) -> None:
+    trained, params = stirred(model, EVERYTHING), nnx.state(unet(model))
+    file = tmp_path / "moved" / PEFT
+    beside = lora_files.export(file, trained, params, scale=SCALE, layout=layout)
+    found = lora.merge(params, lora_files.load(file, params).trained, scale=1.0)
+    for ours, expected in zip(*map(jax.tree.leaves, (found, lora.merge(params, trained, scale=SCALE))), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert beside is not None
+    whole = safetensors.numpy.load_file(beside)
+    name = min(whole)
+    safetensors.numpy.save_file(whole | {name: np.zeros(3, np.float32), "other": np.zeros(3, np.float32)}, beside)
+    with pytest.raises(
+        InputError, match=rf"{beside} does not fit this model: unexpected other; misshapen {name} \(3,\)"
+    ):
+        lora_files.load(file, params)
+    beside.unlink()
+    with pytest.raises(InputError, match=f"{beside} is missing, the biases and norms that were trained with {PEFT}"):
+        lora_files.load(file, params)
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
 def test_what_is_exported_loads_here_too(model: Path, tmp_path: Path, layout: Any) -> None:
     trained = stirred(model, Targets(self_attention_rank=2, conv_rank=3, mlp_rank=5))
     lora_files.export(tmp_path / PEFT, trained, nnx.state(unet(model)), scale=SCALE, layout=layout)

@@ -31,6 +31,7 @@ CONFIGS = {
         for name in text_to_image.OBJECTIVES
         for lora in ("", ":lora_small", ":sd15:lora_base")
         for source in ("", f":{SOURCE}")
+        if source or "sd15" not in lora
     ),
     depth: tuple(
         f"{name}{model}{lora}{source}"
@@ -38,6 +39,7 @@ CONFIGS = {
         for model in ("", ":sd15")
         for lora in ("", ":lora_base")
         for source in ("", f":{SOURCE}")
+        if source or not model
     ),
     reflow: tuple(
         f"{name}{lora}{rest}"
@@ -94,6 +96,10 @@ def test_an_objective_that_is_not_known(file: ModuleType) -> None:
         ({"objective.logit_mean": 1.0}, "times are uniform; set config.objective.times=logit_normal"),
         ({"eval.sampler": "dopri5", "eval.shift": 2.0}, "dopri5 finds its own; use 1"),
         ({"task.start": "image", "task.name": "image_to_depth", "eval.sampler": "sde_heun"}, "starts at noise, this"),
+        (
+            {"task.start": "image", "task.name": "image_to_depth", "eval.depth.ensemble": 4},
+            "ensemble=4: a flow from the picture itself, without noise, makes one estimate; use 1",
+        ),
         ({"eval.sampler": "eulr"}, "sampler='eulr' is not one of euler, heun"),
         ({"reflow.shift": 3.0}, "ddim has its own"),
         ({"eval.eta": 1.0}, "eta=1.0 is DDIM's, not of sampler='euler'"),

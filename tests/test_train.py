@@ -277,10 +277,12 @@ def test_adapters_are_left_by_themselves_too(model: Path, tmp_path: Path, traini
     names = {p.name for p in (run / "lora").iterdir()}
     assert names == {"adapters.safetensors", "pytorch_lora_weights.safetensors", beside}
     export, base = Pipeline.from_pretrained(run / "export"), Pipeline.from_pretrained(model)
-    states = (nnx.state(pipeline.unet) for pipeline in (base.with_lora(run / adapters), export, base))
+    files = [run / adapters, run / "lora" / "pytorch_lora_weights.safetensors"]
+    states = (nnx.state(pipeline.unet) for pipeline in (*map(base.with_lora, files), export, base))
     moved = 0
-    for with_file, merged, before in zip(*map(jax.tree.leaves, states), strict=True):
+    for with_file, with_theirs, merged, before in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(with_file, merged, atol=1e-7)
+        np.testing.assert_allclose(with_theirs, merged, atol=1e-6)
         moved += not np.array_equal(merged, before)
     assert moved > 20
     theirs, whole = small.torch_pipeline(model), small.torch_pipeline(run / "export")
