@@ -23,7 +23,7 @@ from launch.study.exam import SHOWN, keep, sampled
 from launch.study.numbers import Claim, Known, Section, compared, told, versus
 
 ENSEMBLE = 4
-MEASURES = {"abs_rel": "{:.3f}", "delta1": "{:.1%}"}
+MEASURES = {"abs_rel": ("AbsRel", "{:.3f}"), "delta1": ("δ1", "{:.1%}")}
 
 
 def cells(size: Size, seed: int) -> list[Cell]:
@@ -113,35 +113,34 @@ def section(known: Known, pictures: Path) -> Section:
         for o in SAMPLERS
     }
     drawn = numbers.picture_grid(strips, [f"step {mark}" for mark in marks], pictures / "depth_pictures.png")
-    learning = [
-        [label, *(told(list(_of(known, trained, o, sampler, mark, few).values()), "{:.3f}") for mark in marks)]
-        for label, trained, o, sampler in contenders()
-    ]
     ways = {"1 step": ("1", "1"), f"{few} steps": (few, "1"), f"{few} steps, {ENSEMBLE} merged": (few, str(ENSEMBLE))}
     final = [
         [
             label,
             *(
                 told(list(_of(known, trained, o, sampler, last, *way, measure).values()), form)
-                for measure, form in MEASURES.items()
+                for measure, (_, form) in MEASURES.items()
                 for way in ways.values()
             ),
         ]
         for label, trained, o, sampler in contenders()
     ]
-    header = ["", *(f"{name}, {way}" for name in ("AbsRel", "δ1") for way in ways)]
-    plane = (known.told(cell_name("full", "diff2flow"), "flat", what, form=form) for what, form in MEASURES.items())
+    header = ["", *(f"{name}, {way}" for name, _ in MEASURES.values() for way in ways)]
+    plane = (known.told(cell_name("full", "diff2flow"), "flat", what, form=form) for what, (_, form) in MEASURES.items())
     text = f"""
 tiny-sd learns to tell depth at {size.native_pixels} pixels, for {last} steps of {size.batch_size} pictures: the
 picture's latent stands before depth's in its widened first layer. {size.images} held-out pictures, after
 alignment in scale and shift of the logarithm; the sky has no depth. That a picture is equally deep everywhere has
 AbsRel and δ1 of {" and ".join(plane)}.
 
-![AbsRel by training step](study/depth.png)
+![AbsRel and δ1 by training step](study/depth.png)
 
 AbsRel with {few} steps, by training step:
 
-{report.markdown_table(["", *(f"step {mark}" for mark in marks)], learning)}
+{_table(known, marks, few, "abs_rel")}
+δ1, likewise:
+
+{_table(known, marks, few, "delta1")}
 After {last} steps:
 
 {report.markdown_table(header, final)}"""
@@ -226,19 +225,29 @@ def _of(
     return known.of(cell_name(trained, objective), "curve", mark, sampler, steps, merged, what)
 
 
+def _table(known: Known, marks: list[str], steps: str, what: str) -> str:
+    _, form = MEASURES[what]
+    rows = [
+        [label, *(told(list(_of(known, trained, o, sampler, m, steps, what=what).values()), form) for m in marks)]
+        for label, trained, o, sampler in contenders()
+    ]
+    return report.markdown_table(["", *(f"step {mark}" for mark in marks)], rows)
+
+
 def _draw(known: Known, file: Path, marks: list[str]) -> None:
-    figure, axes = numbers.plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, trained in zip(axes, TRAINED, strict=True):
-        lines = [
-            (
-                label.removeprefix(f"{NAMES[trained]}, "),
-                {mark: _of(known, of, o, sampler, mark, str(known.size.few)) for mark in marks},
-            )
-            for label, of, o, sampler in contenders()
-            if of == trained
-        ]
-        numbers.curves(axis, lines, marks, logarithmic=True)
-        axis.set_title(f"{NAMES[trained]}, {known.size.few} steps")
-        axis.set_xlabel("training step")
-    axes[0].set_ylabel("AbsRel")
+    figure, axes = numbers.plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, sharey="row", layout="constrained")
+    for column, trained in enumerate(TRAINED):
+        for axis, (what, (name, _)) in zip(axes[:, column], MEASURES.items(), strict=True):
+            lines = [
+                (
+                    label.removeprefix(f"{NAMES[trained]}, "),
+                    {mark: _of(known, of, o, sampler, mark, str(known.size.few), what=what) for mark in marks},
+                )
+                for label, of, o, sampler in contenders()
+                if of == trained
+            ]
+            numbers.curves(axis, lines, marks, logarithmic=what == "abs_rel")
+            axis.set_ylabel(name)
+        axes[0, column].set_title(f"{NAMES[trained]}, {known.size.few} steps")
+        axes[1, column].set_xlabel("training step")
     numbers.save(figure, file)
