@@ -1,7 +1,9 @@
 """Resolution adaptation: how fast each objective brings the prior, made at 64 pixels, to 48."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -92,9 +94,59 @@ The same captions and noise by training step, the whole UNet, {few} steps:
     return Section("Resolution adaptation", text, [c for trained in TRAINED for c in _claims(known, trained)])
 
 
+def _why_adapters_take_longer(known: Known) -> str:
+    size = known.size
+    marks = [mark for mark in size.marks if 0 < mark < size.steps]
+    eighth = size.steps // 8
+    rows = [
+        [
+            f"{NAMES[trained]}, {LABELS[objective]}",
+            *(told(_shares(known, trained, objective, mark), "{:.0%}") for mark in marks),
+        ]
+        for trained in TRAINED
+        for objective in ("diff2flow", "diffusion")
+    ]
+    flow = {mark: _of(known, "LoRA", "diff2flow", mark, size.few) for mark in size.marks}
+    to_best = _shares(known, "LoRA", "diff2flow", eighth, ends=size.marks)
+    reached = sum(value >= 0.95 for value in to_best)
+    twentieth = told([(first - flow[size.steps][seed]) / 20 for seed, first in flow[0].items()], "{:.0f}")
+    moved = told([abs(flow[size.steps // 4][seed] - flow[size.steps // 2][seed]) for seed in flow[0]], "{:.0f}")
+    finer = " and ".join(told(_shares(known, of, "diff2flow", eighth, size.many), "{:.0%}") for of in TRAINED)
+    return f"""
+### Why adapters take longer
+
+Part of the improvement of all {size.steps} steps, diffusion on the flow's grid:
+
+{report.markdown_table(["", *(f"step {mark}" for mark in marks)], rows)}
+With adapters diffusion takes as long, so it is they that begin more slowly, and not Diff2Flow. How much of the last
+twentieth is there is hardly decided here: it is {twentieth} of Fréchet distance, and from step {size.steps // 4} to
+{size.steps // 2} a seed's changes by {moved}, for better or worse. Up to the best mark of a seed, which is not always
+the last, it is {told(to_best, "{:.0%}")} after {eighth} steps, and {reached} of {len(to_best)} seeds have 95%. With
+{size.many} steps of the sampler the whole UNet has {finer} with adapters. Other rates and ranks were not tried.
+"""
+
+
+def _shares(
+    known: Known, trained: str, objective: str, mark: int, steps: int | None = None, ends: Sequence[int] = ()
+) -> list[float]:
+    """By seed, the part that is made after `mark` steps of the improvement up to the last, or to the best of `ends`.
+
+    0 where there is no improvement.
+    """
+    first, now, *later = (
+        _of(known, trained, objective, m, steps or known.size.few) for m in (0, mark, *(ends or [known.size.steps]))
+    )
+    gained = {seed: before - min(after[seed] for after in later) for seed, before in first.items()}
+    return [(first[seed] - now[seed]) / whole if whole > 0 else 0.0 for seed, whole in gained.items()]
+
+
 def _why_diffusion_keeps_up(known: Known) -> str:
-    edges, times = _weight_of_timesteps(known.size.model)
-    spans = [f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)]
+    drawn = _drawn_timesteps(known.size.model)
+    spans = [f"{low} to {high - 1}" for low, high in itertools.pairwise(drawn.edges)]
+    rows = [
+        [label, *(f"{value:.2f}" for value in times)]
+        for label, times in (("times", drawn.times), ("of these, without a state", drawn.stateless))
+    ]
     counts = ("1", "2", str(known.size.few))
     grids = ", ".join(
         f"{known.told('solvers-diffusion', own, n, FRECHET, form='{:.0f}')} against "
@@ -109,23 +161,51 @@ Both train the same network from the same weights. Of a network that predicts v,
 (alpha + sigma)², between 1 and 2, at timesteps that uniform flow times draw. All in all they weigh, against uniform
 timesteps,
 
-{report.markdown_table(["timesteps", *spans], [["times", *(f"{value:.2f}" for value in times)]])}
-and that is all by which the two differ in training. In sampling they differ by more: Fréchet distance of the UNet that
-diffusion has finetuned, by the checkpoint's own timesteps against those of the flow's grid, with {", ".join(counts)}
-steps: {grids}. On the flow's grid DDIM takes the steps of Euler. So what is gained over a finetuned diffusion model
-here is gained by the grid, and could be had without finetuning it otherwise; over naive flow matching it is gained in
-training.
+{report.markdown_table(["timesteps", *spans], rows)}
+They differ in the times themselves, too. Of uniform flow times {drawn.before:.1%} come before the last timestep's,
+{drawn.first:.4f}, and {drawn.after:.1%} after the first one's, {drawn.last:.4f}. No diffusion state is there: the
+network is told the last or the first timestep, and sees more noise than that has, or less. In between it is told
+fractions of timesteps, by diffusion whole ones. What each of these is worth was not measured apart.
+
+In sampling they differ by more: Fréchet distance of the UNet that diffusion has finetuned, by the checkpoint's own
+timesteps against those of the flow's grid, with {", ".join(counts)} steps: {grids}.
+On the flow's grid DDIM takes the steps of Euler. So what is gained over a finetuned diffusion model here is gained by
+the grid, and could be had without finetuning it otherwise; over naive flow matching it is gained in training.
 """
 
 
-def _weight_of_timesteps(model: str) -> tuple[list[int], np.ndarray]:
-    """Edges of five spans of timesteps, and how much Diff2Flow's loss weighs errors of v there, times diffusion's."""
+class _Drawn(NamedTuple):
+    """What uniform flow times draw of the timesteps, in spans between `edges`.
+
+    `times` is how much Diff2Flow's loss weighs errors of v there, over diffusion's, and `stateless` the part of it at
+    flow times without a diffusion state. Such are the shares `before` the flow time `first` and `after` `last`.
+    """
+
+    edges: list[int]
+    times: np.ndarray
+    stateless: np.ndarray
+    before: float
+    after: float
+    first: float
+    last: float
+
+
+def _drawn_timesteps(model: str) -> _Drawn:
     schedule = NoiseSchedule.from_config(weights.load_scheduler_config(model))
-    edges = np.linspace(0, schedule.num_train_timesteps, 6).astype(int)
+    count = schedule.num_train_timesteps
+    first, last = (float(alignment.flow_time(schedule, timestep)) for timestep in (count - 1, 0))
+    edges = np.linspace(0, count, 6).astype(int)
     t = (np.arange(100_000) + 0.5) / 100_000
     timesteps = np.asarray(alignment.diffusion_timestep(schedule, t))
-    total, _ = np.histogram(timesteps, edges, weights=1 / (t**2 + (1 - t) ** 2))
-    return edges.tolist(), total / len(t) * (len(edges) - 1)
+    held = np.maximum(t, first)  # as the velocity's coefficients are
+    weight = 1 / (held**2 + (1 - held) ** 2)
+
+    def times(where: np.ndarray) -> np.ndarray:
+        return np.histogram(timesteps, edges, weights=weight * where)[0] / len(t) * (len(edges) - 1)
+
+    outside = (t < first) | (t > last)
+    before, after = float((t < first).mean()), float((t > last).mean())
+    return _Drawn(edges.tolist(), times(np.ones_like(t)), times(outside), before, after, first, last)
 
 
 def _claims(known: Known, trained: str) -> list[Claim]:
@@ -137,8 +217,7 @@ def _claims(known: Known, trained: str) -> list[Claim]:
         for mark in size.marks
     }
     eighth, last = size.steps // 8, size.steps
-    gained = {seed: [flow[0][seed] - flow[mark][seed] for mark in (eighth, last)] for seed in flow[last]}
-    share = [early / whole if whole > 0 else 0.0 for early, whole in gained.values()]
+    share = _shares(known, trained, "diff2flow", eighth)
     later = [mark for mark in size.marks if mark >= eighth]
     worse = {
         seed: min(diffusion[mark][seed] / flow[mark][seed] for mark in later)
@@ -154,6 +233,7 @@ def _claims(known: Known, trained: str) -> list[Claim]:
             f"{NAMES[trained]}: Diff2Flow makes 95% of its improvement in an eighth of the steps",
             [value >= 0.95 for value in share],
             f"{told(share, '{:.0%}')} after {eighth} steps",
+            _why_adapters_take_longer(known),
         ),
         Claim(
             f"{NAMES[trained]}: naive flow matching is still behind at the end",
@@ -165,6 +245,7 @@ def _claims(known: Known, trained: str) -> list[Claim]:
             f"{NAMES[trained]}: diffusion, by the checkpoint's own timesteps, is worse at the end",
             compared(own[last], flow[last], lambda a, b: a > b),
             f"{versus(own[last], flow[last])} after {last} steps",
+            _why_diffusion_keeps_up(known),
         ),
         Claim(
             f"{NAMES[trained]}: diffusion, by the better of its samplers, is worse from an eighth of the steps on",

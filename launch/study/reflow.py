@@ -160,8 +160,8 @@ _WHY_DIFFUSION_LEARNS_IT_AS_WELL = """
 ### Why diffusion learns reflow as well
 
 Teacher, pairs and grid are the same, and so is the network's task at each of them: the state of a pair tells its noise
-and its picture apart as well in diffusion's proportions as in the flow's. What is left is how the loss weighs
-timesteps, as in resolution adaptation. Reflow is of the pairs; on this grid it needs no other objective.
+and its picture apart as well in diffusion's proportions as in the flow's. What is left is which timesteps are drawn and
+how the loss weighs them, as in resolution adaptation. Reflow is of the pairs; on this grid it needs no other objective.
 """
 
 
