@@ -126,7 +126,9 @@ def section(known: Known, pictures: Path) -> Section:
         for label, trained, o, sampler in contenders()
     ]
     header = ["", *(f"{name}, {way}" for name, _ in MEASURES.values() for way in ways)]
-    plane = (known.told(cell_name("full", "diff2flow"), "flat", what, form=form) for what, (_, form) in MEASURES.items())
+    plane = (
+        known.told(cell_name("full", "diff2flow"), "flat", what, form=form) for what, (_, form) in MEASURES.items()
+    )
     text = f"""
 tiny-sd learns to tell depth at {size.native_pixels} pixels, for {last} steps of {size.batch_size} pictures: the
 picture's latent stands before depth's in its widened first layer. {size.images} held-out pictures, after
@@ -177,6 +179,27 @@ gains here with one step is gained by beginning right.
 """
 
 
+def _why_diffusion_is_ahead(known: Known, marks: list[str]) -> str:
+    few = str(known.size.few)
+
+    def ratio(trained: str, mark: str) -> str:
+        flow = _of(known, trained, "diff2flow", "Euler", mark, few)
+        grid = _of(known, trained, "diffusion", "DDIM on the flow grid", mark, few)
+        return told([flow[seed] / grid[seed] for seed in sorted(flow.keys() & grid.keys())], "{:.2f}")
+
+    rows = [[NAMES[trained], *(ratio(trained, mark) for mark in marks)] for trained in TRAINED]
+    return f"""
+### Why diffusion is ahead with {few} steps
+
+It is not the sampler's doing. Diff2Flow's AbsRel over that of diffusion on the same grid:
+
+{report.markdown_table(["", *(f"step {mark}" for mark in marks)], rows)}
+So it is learnt. The whole UNet makes up for it, adapters do not. Trained the two are on other timesteps, whose errors
+weigh otherwise, as told of resolution adaptation: Diff2Flow gives more weight to the least noise. Whether that is the
+reason, and whether adapters of another rank or rate would do better, was not tried.
+"""
+
+
 def _claims(known: Known, trained: str, marks: list[str]) -> list[Claim]:
     few, (early, *_, last) = str(known.size.few), marks[-3:]
     what = f"Depth, {NAMES[trained].lower()}"
@@ -187,7 +210,7 @@ def _claims(known: Known, trained: str, marks: list[str]) -> list[Claim]:
         return {seed: min(values[seed] for values in found) for seed in found[0]}
 
     def claim(text: str, a: dict[int, float], b: dict[int, float], why: str = "") -> Claim:
-        return Claim(f"{what}: {text}", compared(a, b, lambda x, y: x < y), f"AbsRel {versus(a, b, '{:.3f}')}", why)
+        return Claim(f"{what}: {text}", compared(a, b, lambda x, y: x <= y), f"AbsRel {versus(a, b, '{:.3f}')}", why)
 
     flow, own = of("diff2flow", last, few), _of(known, trained, "diffusion", "DDIM", last, "1")
     return [
@@ -207,6 +230,12 @@ def _claims(known: Known, trained: str, marks: list[str]) -> list[Claim]:
             of("diff2flow", last, "1"),
             of("diffusion", last, "1"),
             _why_one_step_of_diffusion_is_as_good(known, last),
+        ),
+        claim(
+            f"with {few} steps it is as good as diffusion by the better of its samplers, or better",
+            flow,
+            of("diffusion", last, few),
+            _why_diffusion_is_ahead(known, marks),
         ),
         claim(f"{ENSEMBLE} estimates merged are better than one", of("diff2flow", last, few, str(ENSEMBLE)), flow),
     ]
