@@ -1,6 +1,8 @@
 """What is known so far: numbers over seeds, with their spread, claims about them, and curves of them."""
 
 import dataclasses
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,24 +22,27 @@ from launch.study.bench import Size
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something that is true or not of each seed; `numbers` says by how much.
+    """Something that is true or not of each seed, or undecided: None; `numbers` says by how much.
 
     `why` is what was found out where it does not hold, a part of the section with a title of its own.
     """
 
     text: str
-    holds: Sequence[bool]
+    holds: Sequence[bool | None]
     numbers: str
     why: str = ""
+    by_seed: bool = True
 
     @property
     def verdict(self) -> str:
         if not self.holds:
             return "not measured yet"
+        if None in self.holds:
+            return "undecided"
         if len(set(self.holds)) > 1:
-            return f"mixed: {sum(self.holds)} of {len(self.holds)} seeds"
-        seeds = f"{len(self.holds)} seed{'s' if len(self.holds) > 1 else ''}"
-        return f"holds ({seeds})" if self.holds[0] else f"**does not hold** ({seeds})"
+            return f"mixed: {self.holds.count(True)} of {len(self.holds)} seeds"
+        seeds = f" ({len(self.holds)} seed{'s' if len(self.holds) > 1 else ''})" if self.by_seed else ""
+        return ("holds" if self.holds[0] else "**does not hold**") + seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,17 @@ def versus(a: Mapping[int, float], b: Mapping[int, float], form: str = "{:.1f}")
     """Of the seeds that both have."""
     both = sorted(a.keys() & b.keys())
     return f"{told([a[seed] for seed in both], form)} against {told([b[seed] for seed in both], form)}"
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The two of `values` between which their median lies at 95% or more, whatever they are drawn from, independently.
+
+    Of a draw's n values Binomial(n, 1/2) many are below the median. Up to five leave it anywhere.
+    """
+    ordered, count = sorted(values), len(values)
+    chances = itertools.accumulate(math.comb(count, below) / 2**count for below in range(count))
+    beyond = sum(chance <= 0.025 for chance in chances)
+    return (ordered[beyond - 1], ordered[-beyond]) if beyond else (-math.inf, math.inf)
 
 
 Line = tuple[str, Mapping[str, Mapping[int, float]]]
