@@ -26,7 +26,7 @@ class Sampler:
     """How to sample.
 
     - "euler", "heun", "midpoint", "rk4": steps in flow time, of 1, 2, 2 and 4 evaluations of the network.
-    - "dopri5", "dopri8", "bosh3", "adaptive_heun": as many steps as `rtol` and `atol` ask for.
+    - "dopri5", "dopri8", "bosh3", "adaptive_heun": as many steps as `rtol` and `atol` ask for, of each example.
     - "sde_euler", "sde_heun": random steps in flow time, as `sde` has them.
     - "ddim": the checkpoint's own timesteps, for a diffusion model as it came; with `eta=1` it is DDPM, whose last step
       always goes to data. `temperature` scales the noise that `eta` draws, `noise_dropout` is the share of it left out.

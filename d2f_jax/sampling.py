@@ -18,8 +18,8 @@ from d2f_jax import alignment, flow
 from d2f_jax.errors import InputError
 from d2f_jax.schedule import NoiseSchedule
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, scalar t) -> velocity
-Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x_tau, scalar tau) -> the diffusion network's prediction
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t [B, ...], t: a scalar, or [B] of adaptive steps)
+Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x_tau, tau likewise) -> the diffusion network's prediction
 Solver = Literal["euler", "heun", "midpoint", "rk4"]
 Adaptive = Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]
 Spacing = Literal["leading", "trailing", "linspace", "quad"]
@@ -139,22 +139,47 @@ def solve_adaptive(
     rtol: float,
     atol: float,
 ) -> jax.Array:
-    """From time `first` to `last`, by steps that are chosen for the whole batch.
+    """From time `first` to `last`; each example of `x` [B, ...] by steps of its own, whatever its batch.
 
-    Fails at run time if 4096 steps are not enough.
+    `velocity` is called for all of them together, with a time of each [B], until the last one has arrived. Fails at run
+    time if 4096 steps are not enough for one.
     """
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, x, _: velocity(x, jnp.asarray(t))),
-        ADAPTIVE[solver],
-        t0=jnp.asarray(first, jnp.float32),
-        t1=jnp.asarray(last, jnp.float32),
-        dt0=None,
-        y0=jnp.asarray(x, jnp.float32),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
-        saveat=diffrax.SaveAt(t1=True),
-    )
-    assert solution.ys is not None
-    return solution.ys[-1]
+    x = jnp.asarray(x, jnp.float32)
+    slope = _of_one(velocity, x)
+
+    def solve_one(x: jax.Array) -> jax.Array:
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, x, _: slope(x, t)),
+            ADAPTIVE[solver],
+            t0=jnp.asarray(first, jnp.float32),
+            t1=jnp.asarray(last, jnp.float32),
+            dt0=None,
+            y0=x,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+            saveat=diffrax.SaveAt(t1=True),
+        )
+        assert solution.ys is not None
+        return solution.ys[-1]
+
+    return jax.vmap(solve_one)(x)
+
+
+def _of_one(velocity: Velocity, x: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The velocity of one example, under `jax.vmap` over a batch like `x` alone: `velocity` then is called for all.
+
+    So what it knows of each example, such as text, need not be taken apart.
+    """
+    converted, known = jax.closure_convert(velocity, x, jnp.zeros(len(x)))
+
+    @jax.custom_batching.custom_vmap
+    def of_one(x: jax.Array, t: jax.Array, *known: jax.Array) -> jax.Array:
+        return jnp.full_like(x, jnp.nan)  # never run
+
+    @of_one.def_vmap
+    def of_all(size, batched, x, t, *known):  # pyright: ignore[reportUnusedFunction]
+        return converted(x, jnp.broadcast_to(t, size), *known), True
+
+    return lambda x, t: of_one(x, jnp.asarray(t), *known)
 
 
 def diffusers_sigmas(grid: np.ndarray) -> list[float]:

@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.schedulers import scheduling_ddpm
 from schedules import SD, ZERO_SNR, config
 
-from d2f_jax import InputError, NoiseSchedule, alignment, sampling, sde
+from d2f_jax import InputError, NoiseSchedule, alignment, flow, sampling, sde
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.sde import SDE
@@ -172,7 +172,7 @@ def test_ddim_finds_the_noise_that_it_made_a_sample_of(kind: str, name: str) -> 
 
 def swirl(x: jax.Array, t: jax.Array) -> jax.Array:
     """Smooth, and linear neither in x nor in t."""
-    return jnp.sin(3 * t + x) * x[..., ::-1] - 0.5 * x
+    return jnp.sin(3 * flow.per_example(t, x) + x) * x[..., ::-1] - 0.5 * x
 
 
 def exact_swirl(x: np.ndarray, first: float, last: float) -> np.ndarray:
@@ -233,6 +233,32 @@ def test_adaptive_steps_meet_their_tolerance(solver: sampling.Adaptive) -> None:
     for ends in ((0.1, 1.0), (1.0, 0.1)):
         x = sampling.solve_adaptive(swirl, jnp.asarray(NOISE), *ends, solver, rtol=1e-5, atol=1e-5)
         assert np.abs(x - exact_swirl(NOISE, *ends)).mean() < 1e-4
+
+
+@pytest.mark.parametrize("solver", sampling.ADAPTIVE)
+def test_an_example_takes_steps_of_its_own(solver: sampling.Adaptive) -> None:
+    """Beside one that turns slower, faster or not at all, and with one call of the network for all."""
+    calls = []
+
+    @jax.jit
+    def turned(x: jax.Array, speed_B: jax.Array) -> jax.Array:
+        def turning(x: jax.Array, t: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda t: calls.append(t), t)
+            return (speed_B * t)[:, None] * jnp.stack([-x[:, 1], x[:, 0]], axis=-1)
+
+        return sampling.solve_adaptive(turning, x, 0.0, 1.0, solver, rtol=1e-2, atol=1e-2)
+
+    def told(*speeds: float) -> tuple[np.ndarray, int]:
+        calls.clear()
+        out = turned(jnp.tile(jnp.array([1.0, 0.0]), (len(speeds), 1)), jnp.array(speeds))
+        jax.effects_barrier()
+        assert all(t.shape == (len(speeds),) for t in calls)
+        return np.asarray(out), len(calls)
+
+    together, count = told(0.0, 10.0, 20.0)
+    alone = [told(speed) for speed in (0.0, 10.0, 20.0)]
+    np.testing.assert_allclose(together, np.concatenate([out for out, _ in alone]), atol=1e-6)
+    assert alone[0][1] < alone[1][1] < alone[2][1] == count
 
 
 def test_back_and_forth_is_where_it_began() -> None:
