@@ -30,7 +30,7 @@ CLIP: dict[str, Any] = {
 }
 
 
-def write_pipeline(folder: Path, vae: Any = None, **unet: Any) -> Path:
+def write_pipeline(folder: Path, vae: Any = None, prediction: str = "v_prediction", **unet: Any) -> Path:
     """Written by diffusers, with tiny-sd's tokenizer; 2x downsampling, 16 pixels; `unet` changes UNET."""
     tokenizer = weights.load_tokenizer("tiny-sd")
     text = twins.text_encoder(
@@ -44,7 +44,7 @@ def write_pipeline(folder: Path, vae: Any = None, **unet: Any) -> Path:
         tokenizer=tokenizer,
         unet=twins.unet(**UNET | unet),
         scheduler=diffusers.DDIMScheduler(
-            **config(SD, "v_prediction"), clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            **config(SD, prediction), clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
         safety_checker=None,
         feature_extractor=None,

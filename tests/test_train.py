@@ -174,6 +174,18 @@ def test_the_export_samples_the_same_in_diffusers(finished: Path) -> None:
     check_export(finished / "export")
 
 
+def test_a_model_of_epsilon_is_trained_and_samples_the_same_in_diffusers(tmp_path: Path, training_alone: None) -> None:
+    """As Stable Diffusion 1.5 is one."""
+    model, run = small.write_pipeline(tmp_path / "model", prediction="epsilon"), tmp_path / "run"
+    changes = {"train.num_steps": 3, "train.warmup_steps": 0, "train.learning_rate": 0.01, "eval.every": 99}
+    train.train(shrunk(quickstart.get_config(), model, **changes), run)
+    before, after = (nnx.state(Pipeline.from_pretrained(folder).unet) for folder in (model, run / "export"))
+    for kept, moved in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        assert not np.array_equal(kept, moved)
+    assert all(np.isfinite(line["loss"]) for line in lines(run) if "loss" in line)
+    assert check_export(run / "export").scheduler.config.prediction_type == "epsilon"
+
+
 def test_taesd_in_the_place_of_the_vae(tmp_path: Path) -> None:
     tiny = twins.taesd(**twins.SMALL_TAESD)
     model = small.write_pipeline(tmp_path / "model", tiny)
@@ -269,7 +281,9 @@ def test_resumed_is_uninterrupted(
     assert any(file.is_file() for file in (resumed / "profile").rglob("*"))
 
 
-def test_adapters_are_left_by_themselves_too(model: Path, tmp_path: Path, training_alone: None) -> None:
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_adapters_are_left_by_themselves_too(prediction: str, tmp_path: Path, training_alone: None) -> None:
+    model = small.write_pipeline(tmp_path / "model", prediction=prediction)
     run, adapters = tmp_path / "run", "lora/adapters.safetensors"
     changes = {"train.num_steps": 3, "train.warmup_steps": 0, "train.learning_rate": 0.01, "eval.every": 99}
     train.train(shrunk(quickstart.get_config("lora_base"), model, **changes, **{"lora.scale": 0.5}), run)
