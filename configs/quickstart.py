@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # What to train on, one or several: "shapes_world", "image_folder:FOLDER", "webdataset:{000..127}.tar",
     # "tfds:NAME?split=train&text=caption", "array_record:FOLDER" as d2f_jax.prepare and d2f_jax.reflow write it; with
     # depth "hypersim:FOLDER?split=train", "vkitti2:FOLDER", "depth_list:FILE?root=FOLDER&protocol=nyuv2"; and
-    # "coco:captions_val2017.json?images=val2017", "uniform_colours:black,white"
+    # "coco:captions_val2017.json?images=val2017", "uniform_colours:black,white?each=16"
     config.data.sources = ("shapes_world",)
     config.data.weights = ()  # share of each source in a batch; () is equal shares
     config.data.held_out = 0  # examples of each source kept for the validation loss, if it has none of its own

@@ -250,6 +250,11 @@ def scored(config: Config) -> bool:
     return of_depth(config) or all(map(_is_shapes_world, config.eval.sources or config.data.sources))
 
 
+def of_colours(config: Config) -> bool:
+    """Whether results are judged against pictures of one colour each, and nothing else."""
+    return all(spec.partition(":")[0] == "uniform_colours" for spec in config.eval.sources or config.data.sources)
+
+
 def _turns(sources: list[Source]) -> Iterator[tuple[int, int]]:
     """Number of the source, and of the example in it."""
     turns = itertools.zip_longest(*(range(len(source)) for source in sources))

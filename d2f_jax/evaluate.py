@@ -5,7 +5,8 @@
 
 Draws `config.eval.num_images` held-out captions with `config.eval`'s sampler, guidance and seed, for each of its
 numbers of steps, and compares with their pictures: by PSNR and SSIM one by one, and all together by what is there.
-ShapesWorld is judged by the embedded classifier; FID and KID need InceptionV3's weights, the CLIP score a CLIP model,
+ShapesWorld is judged by the embedded classifier; pictures of uniform_colours by their mean absolute error against the
+colour, in levels of 255; FID and KID need InceptionV3's weights, the CLIP score a CLIP model,
 the aesthetic score LAION's predictor beside CLIP ViT-L/14. With --bits, as many bits per dimension as the pictures'
 latents take under the diffusion model, by the variational bound of a chain of as many steps. What is not given is named
 and gets no number. Estimates from few pictures are biased: compare only what has the same number of them. DIR receives
@@ -140,7 +141,8 @@ def load_judges(config: Config, inception: str | None, clip: str | None, aesthet
     if min(datasets.image_shape(config)) < 11:
         told = datasets.told_size(config)
         raise InputError(f"config.data.image_size: pictures of {told} pixels have no SSIM; use 11 or more")
-    judges = Judges.load(inception, clip, aesthetic, kid=kid, shapes=datasets.scored(config))
+    judged = {"shapes": datasets.scored(config), "colours": datasets.of_colours(config)}
+    judges = Judges.load(inception, clip, aesthetic, kid=kid, **judged)
     if distributed.is_main():
         for told in judges.missing():
             print(told)

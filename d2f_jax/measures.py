@@ -20,7 +20,8 @@ class Judges:
     """The networks that look at pictures; None for those whose weights are not given.
 
     `kid` says whether the rows of InceptionV3's features are kept for KID: 8 kB for each picture, drawn or real, in
-    every process. `shapes` finds the solids that captions of ShapesWorld name.
+    every process. `shapes` finds the solids that captions of ShapesWorld name. `colours` says whether the real pictures
+    are of one colour each, and the drawn ones are held against it.
     """
 
     inception: InceptionV3 | None
@@ -28,6 +29,7 @@ class Judges:
     clip: metrics.Clip | None
     aesthetic: metrics.Aesthetic | None
     shapes: metrics.ShapesClassifier | None
+    colours: bool = False
 
     @classmethod
     def load(
@@ -38,6 +40,7 @@ class Judges:
         *,
         kid: bool = False,
         shapes: bool,
+        colours: bool = False,
     ) -> "Judges":
         """Raises InputError for files that are not what they should be, and for what lacks another that it needs."""
         if kid and not inception:
@@ -51,6 +54,7 @@ class Judges:
             seeing,
             metrics.load_aesthetic(aesthetic, seeing) if aesthetic and seeing else None,
             metrics.load_classifier() if shapes else None,
+            colours,
         )
 
     def missing(self) -> list[str]:
@@ -104,6 +108,8 @@ class Gathered:
             return self
         pair = images_NxHxWx3, real_NxHxWx3
         values = {"psnr": metrics.psnr(*pair, data_range=255), "ssim": metrics.ssim(*pair, data_range=255)}
+        if judges.colours:
+            values["colour_error"] = metrics.absolute_error(*pair)
         if judges.clip is not None:
             shown_NxP = judges.clip.see(images_NxHxWx3)
             values["clip_score"] = judges.clip.score(shown_NxP, texts)
@@ -142,7 +148,7 @@ def scores(judges: Judges, drawn: Gathered, real: Gathered) -> dict[str, float]:
 
     `fid`, `kid` and, of more than 1000 pictures, `kid_std`; on ShapesWorld `shapes_frechet_distance` and
     `caption_accuracy`; `clip_score`; `aesthetic_score`; and, picture by picture against the real one of the same
-    caption, `psnr` in dB and `ssim`.
+    caption, `psnr` in dB, `ssim` and, where that is of one colour, `colour_error` in levels of 255.
     """
     told: dict[str, float] = {}
     if judges.inception is not None:

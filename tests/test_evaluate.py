@@ -124,6 +124,15 @@ def test_steps_by_tolerance_are_one_column(model: Path, tmp_path: Path) -> None:
     assert [cell.strip() for cell in header.split("|")[2:-1]] == ["dopri5"]
 
 
+def test_pictures_of_one_colour_are_held_against_it(model: Path, tmp_path: Path) -> None:
+    sources = {"data.sources": ("uniform_colours:black,orange?each=2",), "eval.step_counts": (3,)}
+    told = evaluate(config(model, **sources), tmp_path)[3]
+    drawn = Pipeline.from_pretrained(model)(["a black image", "an orange image"] * 2, num_steps=3, **HOW)
+    levels = np.array([(0, 0, 0), (250, 128, 13)] * 2)[:, None, None]
+    assert told["colour_error"] == pytest.approx(np.abs(drawn - levels).mean(), rel=1e-3)
+    assert "| colour error" in (tmp_path / "scores.md").read_text() and "caption_accuracy" not in told
+
+
 def test_shares_of_processes_are_the_whole() -> None:
     """To rounding; and the distance is that of the statistics which numpy finds in all rows of features."""
     rng, judges = np.random.default_rng(0), Judges.load(shapes=True)

@@ -179,9 +179,9 @@ def test_a_line_opens_a_source(tmp_path):
 
 
 def test_a_colour_is_a_picture_and_its_name():
-    source = pickle.loads(pickle.dumps(open_source("uniform_colours:black,orange")))
-    assert [source[i]["text"] for i in range(len(source))] == ["a black image", "an orange image"]
-    for i, levels in enumerate([(0, 0, 0), (250, 128, 13)]):
+    source = pickle.loads(pickle.dumps(open_source("uniform_colours:black,orange?each=2")))
+    assert [source[i]["text"] for i in range(len(source))] == ["a black image", "an orange image"] * 2
+    for i, levels in enumerate([(0, 0, 0), (250, 128, 13)] * 2):
         assert (source[i]["image"] == levels).all()
 
 
@@ -196,6 +196,7 @@ def test_a_colour_is_a_picture_and_its_name():
         ("image_folder:", "is not of the form kind:path"),
         ("zip:a", "no kind 'zip'; kinds are array_record, .*, uniform_colours, vkitti2, webdataset"),
         ("uniform_colours:white,pink", "no colour 'pink'; colours are black, blue"),
+        ("uniform_colours:white?each=0", "each=0: give 1 picture of each colour, or more"),
         ("image_folder:a?size=3", "no option 'size'; image_folder has none"),
         ("tfds:a?split=x&txt=b", "no option 'txt'; options of tfds are data_dir, image, split, text"),
         ("tfds:a?split=x&split=y", "give the option 'split' one value, once"),

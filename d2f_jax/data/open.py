@@ -25,7 +25,7 @@ def open_source(spec: str) -> Source:
         hypersim:hypersim?split=train
         vkitti2:virtual_kitti_2
         depth_list:filename_list_test.txt?root=nyuv2&protocol=nyuv2
-        uniform_colours:black,white,grey
+        uniform_colours:black,white,grey?each=16
         tfds:coco_captions/2014?split=train&image=image&text=captions/text&data_dir=/data
 
     Raises `InputError` for a kind or option that is not known, and for what the source itself refuses.
@@ -72,7 +72,7 @@ _KINDS: dict[str, tuple[Callable[..., Source], dict[str, Callable]]] = {
     "hypersim": (Hypersim, {"split": str}),
     "image_folder": (ImageFolder, {}),
     "tfds": (TFDSSource, {"split": str, "image": str, "text": str, "data_dir": str}),
-    "uniform_colours": (UniformColours, {}),
+    "uniform_colours": (UniformColours, {"each": int}),
     "vkitti2": (VirtualKitti2, {}),
     "webdataset": (WebDataset, {"latent_scale": float, "least": str, "most": str}),
 }

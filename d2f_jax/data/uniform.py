@@ -17,10 +17,12 @@ _SIZE = 64  # pixels; any other looks alike
 
 
 class UniformColours:
-    """One picture for each of `names`, as in "black,white,grey", with the caption "a black image"."""
+    """`each` pictures for each of `names`, as in "black,white,grey", with the caption "a black image"."""
 
-    def __init__(self, names: str) -> None:
-        self._names = names.split(",")
+    def __init__(self, names: str, each: int = 1) -> None:
+        if each < 1:
+            raise InputError(f"uniform_colours: each={each}: give 1 picture of each colour, or more")
+        self._names = names.split(",") * each
         unknown = [name for name in self._names if name not in COLOURS]
         if unknown:
             raise InputError(f"uniform_colours: no colour {unknown[0]!r}; colours are {', '.join(sorted(COLOURS))}")

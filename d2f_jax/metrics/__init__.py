@@ -26,6 +26,7 @@ from d2f_jax.metrics.depth_protocols import DEPTH_PROTOCOLS as DEPTH_PROTOCOLS
 from d2f_jax.metrics.depth_protocols import DepthProtocol as DepthProtocol
 from d2f_jax.metrics.frechet import FeatureStatistics as FeatureStatistics
 from d2f_jax.metrics.frechet import frechet_distance as frechet_distance
+from d2f_jax.metrics.images import absolute_error as absolute_error
 from d2f_jax.metrics.images import psnr as psnr
 from d2f_jax.metrics.images import ssim as ssim
 from d2f_jax.metrics.inception import inception_features as inception_features

@@ -1,9 +1,15 @@
-"""How close pictures are to given ones, picture by picture: PSNR and SSIM. On the host, in float64."""
+"""How close pictures are to given ones, picture by picture: absolute error, PSNR and SSIM. On the host, in float64."""
 
 import numpy as np
 
 _SIZE, _SIGMA = 11, 1.5  # pixels; SSIM's window, as Wang et al. (2004)
 _K1, _K2 = 0.01, 0.03
+
+
+def absolute_error(images_BxHxWxC: np.ndarray, targets_BxHxWxC: np.ndarray) -> np.ndarray:
+    """Mean absolute error [B] in the pictures' own unit: levels of 255 for bytes."""
+    images, targets = _both(images_BxHxWxC, targets_BxHxWxC)
+    return np.abs(images - targets).mean((1, 2, 3))
 
 
 def psnr(images_BxHxWxC: np.ndarray, targets_BxHxWxC: np.ndarray, *, data_range: float) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from d2f_jax import alignment, prior, report, weights
+from d2f_jax import alignment, metrics, prior, report, weights
 from d2f_jax.data import uniform
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.schedule import NoiseSchedule
@@ -116,7 +116,7 @@ def measured(images_NxHxWx3: np.ndarray, colour: str, seen_HxWx3: np.ndarray) ->
     x = images_NxHxWx3.astype(np.float64)
     brightness_N = x.mean((1, 2, 3))
     numbers = {
-        "error": np.abs(x - np.array(uniform.COLOURS[colour])).mean(),
+        "error": metrics.absolute_error(x, np.broadcast_to(uniform.COLOURS[colour], x.shape)).mean(),
         "error_to_vae": np.abs(x - seen_HxWx3).mean(),
         "mean": brightness_N.mean(),
         "spread": brightness_N.std(),
