@@ -7,7 +7,9 @@ def merged(estimates_NxHxW: np.ndarray) -> np.ndarray:
     """float32 [H, W]: the median of estimates that each are right up to scale and shift.
 
     Each is first brought to the mean of all by least squares, in closed form. Marigold (arXiv 2312.02145, section 3.3)
-    searches for the scales and shifts by which all pairs agree best.
+    searches for the scales and shifts by which all pairs agree best, and stretches the result to 0 and 1; of two middle
+    values diffusers' `ensemble_depth` takes the lower, this their mean. Up to scale and shift both find the same where
+    estimates differ by these alone; noise leaves them apart by up to a quarter of it, this no farther from the truth.
     """
     if len(estimates_NxHxW) == 1:
         return np.asarray(estimates_NxHxW[0], np.float32)
