@@ -356,7 +356,17 @@ def test_two_pictures_of_one_example_are_refused(tmp_path, second):
 
 def test_two_latents_of_one_example_are_refused(tmp_path):
     members = [("1.image_latent.npy", b""), ("1.latent.npy", b"")]
-    refused(write(tmp_path / "0.tar", members), r"two members for latent of 1: 1\.image_latent\.npy and 1\.latent\.npy")
+    told = r"two members for latent of 1: 1\.image_latent\.npy and 1\.latent\.npy; name one, as latent=image_latent"
+    refused(write(tmp_path / "0.tar", members), told)
+
+
+def test_one_of_several_latents_is_taken_by_its_name(tmp_path):
+    members = [("1.txt", b"x"), ("1.image_latent.npy", npy(LATENT)), ("1.Flipped_latent.npy", npy(2 * LATENT))]
+    shard = write(tmp_path / "0.tar", [*members, ("1.latent.npy", npy(3 * LATENT))])
+    for name, times in (("image_latent", 1), ("Flipped_latent", 2), ("latent", 3)):
+        example = open_source(f"webdataset:{shard}?latent_scale=1&latent={name}")[0]
+        np.testing.assert_array_equal(example["latent_mean"], (times * LATENT.transpose(1, 2, 0)).astype(np.float16))
+    refused(shard, "latent=small_latent: .*0.tar has no member small_latent.npy", latent="small_latent")
 
 
 def test_the_scale_of_latents_is_never_guessed(tmp_path):

@@ -74,6 +74,6 @@ _KINDS: dict[str, tuple[Callable[..., Source], dict[str, Callable]]] = {
     "tfds": (TFDSSource, {"split": str, "image": str, "text": str, "data_dir": str}),
     "uniform_colours": (UniformColours, {"each": int}),
     "vkitti2": (VirtualKitti2, {}),
-    "webdataset": (WebDataset, {"latent_scale": float, "least": str, "most": str}),
+    "webdataset": (WebDataset, {"latent_scale": float, "least": str, "most": str, "latent": str}),
 }
 """How each kind is opened, and its options with their types."""

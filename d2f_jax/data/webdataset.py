@@ -48,21 +48,35 @@ class WebDataset:
     Diff2Flow was trained on, or 1, as in those of depth. It can't be told from the data, so there is none that is taken
     for granted.
 
+    `latent` names the latent to take where an example has several: "image_latent" is `image_latent.npy`; the others are
+    left alone. Raises `InputError` where no example has it.
+
     `least` and `most` are bounds of numbers that `000123.json` tells of an example, as img2dataset writes it:
     `least="AESTHETIC_SCORE:6,original_width:512"` leaves out all pictures that are below one of these, or of which one
     is null. Raises `InputError` where a json does not know the name.
     """
 
-    def __init__(self, pattern: str | Path, latent_scale: float | None = None, least: str = "", most: str = ""):
+    def __init__(
+        self,
+        pattern: str | Path,
+        latent_scale: float | None = None,
+        least: str = "",
+        most: str = "",
+        latent: str = "",
+    ) -> None:
         self._shards = _find_shards(str(pattern))
         bounds = _bounds("least", least) + _bounds("most", most)
-        found = [(number, *group) for number, shard in enumerate(self._shards) for group in _index(shard, bounds)]
+        found = [
+            (number, *group) for number, shard in enumerate(self._shards) for group in _index(shard, bounds, latent)
+        ]
         if not found:
             told = f", or none within least={least!r}, most={most!r}" if bounds else ""
             raise InputError(f"{pattern} holds no examples{told}; members are named as in 000123.jpg and 000123.txt")
         self._shard_of = np.array([number for number, _, _ in found], np.int32)
         self._keys = [key for _, key, _ in found]
         self._places = np.array([places for _, _, places in found], np.int64)
+        if latent and not (self._places[:, PARTS.index("latent")] != _NONE).any():
+            raise InputError(f"latent={latent}: {pattern} has no member {latent}.npy; give the name of one, or none")
         self._check_scale(str(pattern), latent_scale)
         self._latent_scale = latent_scale
 
@@ -172,18 +186,19 @@ def _ranges(pattern: str) -> list[str]:
 Places = tuple[tuple[int, int], ...]  # offset and size of each of PARTS
 
 
-def _index(shard: str, bounds: Sequence["_Bound"]) -> list[tuple[str, Places]]:
+def _index(shard: str, bounds: Sequence["_Bound"], latent: str) -> list[tuple[str, Places]]:
     """Key and places of every example within the bounds, in the order in which they begin."""
     found: dict[str, dict[str, _Member]] = {}
     for member in _members(shard):
         split = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name)
-        part = _part(split[2].lower(), bool(bounds)) if split else None
+        part = _part(split[2].lower(), bool(bounds), latent.lower()) if split else None
         if split is None or part is None:
             continue
         example = found.setdefault(split[1], {})
         if part in example:
             names = f"{example[part].name} and {member.name}"
-            raise InputError(f"{shard} holds two members for {part} of {split[1]}: {names}; keep one of them")
+            mend = "name one, as latent=image_latent" if part == "latent" else "keep one of them"
+            raise InputError(f"{shard} holds two members for {part} of {split[1]}: {names}; {mend}")
         example[part] = member
     notes = {key: example.pop(_NOTES, None) for key, example in found.items()}
     kept = {key: example for key, example in found.items() if example and _within(bounds, shard, key, notes[key])}
@@ -191,16 +206,18 @@ def _index(shard: str, bounds: Sequence["_Bound"]) -> list[tuple[str, Places]]:
     return [(key, tuple(parts.get(part, (_NONE, _NONE)) for part in PARTS)) for key, parts in place.items()]
 
 
-def _part(field: str, notes: bool) -> str | None:
+def _part(field: str, notes: bool, latent: str) -> str | None:
     if notes and field == _NOTES:
         return _NOTES
+    if latent and field == f"{latent}.npy":
+        return "latent"
     if _PICTURES.fullmatch(field):
         return "image"
     if field in ("txt", "prompt.txt"):
         return "text"
     if field in _ARRAYS:
         return _ARRAYS[field]
-    return "latent" if field == "latent.npy" or field.endswith("_latent.npy") else None
+    return "latent" if not latent and (field == "latent.npy" or field.endswith("_latent.npy")) else None
 
 
 class _Member(NamedTuple):
