@@ -149,7 +149,7 @@ def solve_adaptive(
 
     def solve_one(x: jax.Array) -> jax.Array:
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, x, _: slope(x, t)),
+            diffrax.ODETerm(lambda t, x, _: slope(x, jnp.asarray(t))),
             ADAPTIVE[solver],
             t0=jnp.asarray(first, jnp.float32),
             t1=jnp.asarray(last, jnp.float32),
@@ -176,10 +176,10 @@ def _of_one(velocity: Velocity, x: jax.Array) -> Callable[[jax.Array, jax.Array]
         return jnp.full_like(x, jnp.nan)  # never run
 
     @of_one.def_vmap
-    def of_all(size, batched, x, t, *known):  # pyright: ignore[reportUnusedFunction]
+    def of_all(size, batched, x, t, *known):
         return converted(x, jnp.broadcast_to(t, size), *known), True
 
-    return lambda x, t: of_one(x, jnp.asarray(t), *known)
+    return lambda x, t: of_one(x, t, *known)
 
 
 def diffusers_sigmas(grid: np.ndarray) -> list[float]:
