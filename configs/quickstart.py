@@ -66,8 +66,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.min_snr_gamma = 0.0  # of the diffusion objective, commonly 5; 0 is off
 
     config.mesh = ConfigDict()  # the result does not depend on it
-    config.mesh.data = -1  # copies of the state; -1 takes the devices that are left
-    config.mesh.fsdp = 1  # devices that share one copy of the state
+    config.mesh.data = -1  # copies of what is frozen; -1 takes the devices that are left
+    config.mesh.fsdp = 1  # devices that share one copy of what is frozen; all share what is trained
 
     config.data = ConfigDict()
     # What to train on, one or several: "shapes_world", "image_folder:FOLDER", "webdataset:{000..127}.tar",

@@ -80,7 +80,7 @@ def search(config: Config, kind: Kind, where: Topology, quick: bool = False) -> 
 
         found += largest(make, start)
     if not found:
-        raise InputError(f"not one image a device fits {where.name}; take larger chips, or a larger config.mesh.fsdp")
+        raise InputError(f"not one image a device fits {where.name}; take larger chips, or more of them")
     return sorted(found, key=lambda plan: plan.seconds["estimated"] / plan.batch_size)
 
 

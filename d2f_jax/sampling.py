@@ -189,7 +189,7 @@ def _of_one(velocity: Velocity, x: jax.Array) -> Callable[[jax.Array, jax.Array]
 
     @jax.custom_batching.custom_vmap
     def of_one(x: jax.Array, t: jax.Array, *known: jax.Array) -> jax.Array:
-        return jnp.full_like(x, jnp.nan)  # never run
+        return jnp.full_like(x, jnp.nan)  # traced for its shape, never run
 
     @of_one.def_vmap
     def of_all(size, batched, x, t, *known):

@@ -183,6 +183,7 @@ def make_train_step(
             lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
             sharding.parts(mesh, (batch, draws), options.accumulate),
         )
+        grads = sharding.share(mesh, grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -205,7 +206,7 @@ def make_train_step(
             bad_examples=state.bad_examples + len(batch["weight"]) - examples.astype(jnp.int32),
         )
         counters = {name: getattr(state, name) for name in ("skipped_steps", "bad_streak", "bad_examples")}
-        return state, {"loss": mean_loss, "grad_norm": grad_norm, **counters}
+        return sharding.share(mesh, state), {"loss": mean_loss, "grad_norm": grad_norm, **counters}
 
     return jax.jit(step, donate_argnums=0)
 

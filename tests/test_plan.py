@@ -299,7 +299,7 @@ def test_search_tells_the_fastest_first(
     assert "\n--batch_size=64 --config.remat=blocks\n" in plan.choices(plans, topology())
     assert "remat none, 1 images a device: " in capsys.readouterr().err
     most = dict.fromkeys(most, 7)
-    with pytest.raises(InputError, match="not one image a device fits v5e:2x4; take larger chips, or a larger"):
+    with pytest.raises(InputError, match="not one image a device fits v5e:2x4; take larger chips, or more"):
         plan.search(config("tiny-sd"), "train", topology())
 
 

@@ -141,9 +141,23 @@ def test_unsplit_names_paths_of_modules_and_dataclasses() -> None:
     assert sharding.unsplit(mesh_of(1, 8), adapters) == {"to_q.kernel.a": (9, 3)}
 
 
-def test_nothing_is_split_along_data() -> None:
+def test_what_is_kept_is_not_split_along_data() -> None:
     tree = sharding.put(random_tree(), sharding.kept(mesh_of(8, 1), random_tree()))
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree))
+
+
+@given(shapes, st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4]))
+def test_what_is_shared_is_split_along_data_as_well(dims: tuple[int, ...], data: int, fsdp: int) -> None:
+    mesh = sharding.make_mesh(data, fsdp, [Chip(i, 0) for i in range(data * fsdp)])
+    kept, shared = (how(mesh, shape(dims)) for how in (sharding.kept, sharding.shared))
+    left = kept.shard_shape(dims)
+    if len(dims) < 2 or data == 1 or not any(length and length % data == 0 for length in left):
+        assert shared == kept
+        return
+    split = [axis for axis, (a, b) in enumerate(zip(left, shared.shard_shape(dims), strict=True)) if a != b]
+    (axis,) = split
+    assert left[axis] == data * shared.shard_shape(dims)[axis]
+    assert not any(length and length % data == 0 for length in left[:axis])
 
 
 ADAPTED = lora.Targets(self_attention_rank=16, cross_attention_rank=16, attention_out=True)
@@ -161,16 +175,18 @@ def parts_of_state(state: steps.TrainState) -> tuple[Any, ...]:
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("config", [twins.SD15_UNET, twins.SD21_UNET], ids=["SD 1.5", "SD 2.1"])
 def test_a_device_keeps_its_share_of_stable_diffusion(config: dict[str, Any], with_lora: bool) -> None:
-    mesh = mesh_of(1, 8)
     trained = abstract_unet(UNetConfig(**config))
     assert 859e6 < sum(x.size for x in jax.tree.leaves(trained)) < 867e6
     if with_lora:
         trained = jax.eval_shape(functools.partial(lora.init, key=jax.random.key(0), targets=ADAPTED), trained)
     init = functools.partial(steps.init_state, optimizer=OPTIMIZER, root_key=jax.random.key(0))
-    kept = parts_of_state(jax.eval_shape(init, trained))
-    placed = list(zip(jax.tree.leaves(kept), jax.tree.leaves(sharding.kept(mesh, kept)), strict=True))
-    share = sum(bytes_of(x, where.shard_shape(x.shape)) for x, where in placed)
-    assert 1 <= 8 * share / sum(bytes_of(x, x.shape) for x, _ in placed) < 1.15
+    state = jax.eval_shape(init, trained)
+    for data, fsdp in ((1, 8), (8, 1), (2, 4)):
+        parts = parts_of_state(state)
+        where = sharding.shared(mesh_of(data, fsdp), parts)
+        placed = list(zip(*map(jax.tree.leaves, (parts, where)), strict=True))
+        share = sum(bytes_of(x, where.shard_shape(x.shape)) for x, where in placed)
+        assert 1 <= 8 * share / sum(bytes_of(x, x.shape) for x, _ in placed) < 1.15
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
@@ -297,7 +313,7 @@ def test_split_rows_divides_over_all_devices() -> None:
 # Parameters on their way through a step
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (2, 4), (8, 1)])
 def test_parameters_are_gathered_and_their_gradient_comes_back_split(data: int, fsdp: int) -> None:
     mesh = mesh_of(data, fsdp)
     params = {"kernel": twins.random(24, 16, seed=1), "bias": twins.random(3, seed=2)}
@@ -315,7 +331,7 @@ def test_parameters_are_gathered_and_their_gradient_comes_back_split(data: int, 
     grads = jax.jit(jax.grad(lambda params, x: loss(sharding.gathered(mesh, params), x)))(placed, rows)
     assert not grads["kernel"].sharding.is_fully_replicated
     for name, expected in jax.grad(loss)(params, x).items():
-        assert grads[name].sharding.is_equivalent_to(placed[name].sharding, grads[name].ndim)
+        assert grads[name].sharding.is_equivalent_to(sharding.shared(mesh, params)[name], grads[name].ndim)
         np.testing.assert_allclose(grads[name], expected, rtol=1e-5, atol=1e-5)
 
 

