@@ -102,16 +102,15 @@ def convolutions(record: dict[str, Any]) -> str:
     rows = []
     for of in record["rows"]:
         batch, side, inputs, outputs = of["shape"]
-        rates = [f"{ours:.0f} / {theirs:.0f}" for ours, theirs in of["gflops"].values()]
+        rates = [" / ".join(f"{rate:.0f}" for rate in each) for each in of["gflops"].values()]
         rows.append([f"{batch} x {side} x {side}, {inputs} to {outputs} channels", *rates])
     table = report.markdown_table(["3 x 3 convolution", *record["rows"][0]["gflops"]], rows)
     ours, theirs = record["product"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""## Convolutions alone, on a CPU: {record["device"]}
 
-GFLOP/s of XLA / PyTorch; {versions}, {record["date"]}. A product of large matrices has {ours:.0f} / {theirs:.0f}: XLA
-is behind in convolutions, furthest in the gradient by the input where the kernel is larger than what it is laid over.
-How much of a step that explains was not taken apart further.
+GFLOP/s of ours / XLA's / PyTorch's; {versions}, {record["date"]}. A product of large matrices has {ours:.0f} in XLA and
+{theirs:.0f} in PyTorch. Where the kernel is larger than the picture, ours is a product of matrices, elsewhere XLA's.
 
 {table}"""
 
