@@ -80,7 +80,10 @@ def search(config: Config, kind: Kind, where: Topology, quick: bool = False) -> 
 
         found += largest(make, start)
     if not found:
-        raise InputError(f"not one image a device fits {where.name}; take larger chips, or more of them")
+        raise InputError(
+            f"not one image a device fits {where.name}; take larger chips, or more of them, or spread what is frozen "
+            "by a larger config.mesh.fsdp"
+        )
     return sorted(found, key=lambda plan: plan.seconds["estimated"] / plan.batch_size)
 
 
