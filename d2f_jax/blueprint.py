@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2f_jax import chips, datasets, optim, prior, settings, sharding, weights
+from d2f_jax import datasets, flops, optim, prior, settings, sharding, weights
 from d2f_jax import step as steps
 from d2f_jax.data.open import open_source
 from d2f_jax.errors import InputError
@@ -119,10 +119,10 @@ def lower_train(config: Config, drawn: Blueprint, mesh: Mesh) -> jax.stages.Lowe
     return step.lower(*arguments)
 
 
-def useful_flops(config: Config, drawn: Blueprint) -> float | None:
+def useful_flops(config: Config, drawn: Blueprint) -> int:
     """Of a train step, without recomputation or loops: its operations are the ones that count."""
     step, arguments = train_step(config, drawn, sharding.make_mesh(devices=jax.devices()[:1]), "none", 1)
-    return chips.flops(step, *arguments)
+    return flops.count(step, *arguments)
 
 
 def train_step(

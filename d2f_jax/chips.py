@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from d2f_jax.models import devices
-
 
 @dataclasses.dataclass(frozen=True)
 class TPU:
@@ -59,15 +57,3 @@ _PEAK_TFLOPS = {kind: tpu.tflops / tpu.devices for tpu in TPUS.values() for kind
 def peak_tflops(device: Any) -> float | None:
     """Dense bfloat16 TFLOP/s, or None for a kind that is not in the table."""
     return _PEAK_TFLOPS.get(device.device_kind)
-
-
-def flops(jitted: Any, *arguments: Any) -> float | None:
-    """Floating-point operations of a jitted function over all devices, as XLA counts them before it optimises.
-
-    Nothing counts as it was chosen for the devices: a fused kernel's operations, for one, XLA does not see. None where
-    the backend does not count. A loop's body counts once.
-    """
-    with devices.plain():
-        analysis = jitted.lower(*arguments).cost_analysis()
-    counted = analysis.get("flops") if analysis else None
-    return float(counted) if counted and counted > 0 else None

@@ -22,10 +22,10 @@ from ml_collections import config_flags
 
 from d2f_jax import (
     checkpoint,
-    chips,
     comparison,
     datasets,
     distributed,
+    flops,
     lora_files,
     objectives,
     optim,
@@ -189,7 +189,7 @@ def loop(
         for n in range(first, last):
             batch = next(incoming)
             if n == first:
-                watch.count_flops(chips.flops(plain_step, state, frozen, batch))
+                watch.count_flops(flops.count(plain_step, state, frozen, batch))
                 step = step.lower(state, frozen, batch).compile()
                 watch.start_clock()
             state, metrics = step(state, frozen, batch)

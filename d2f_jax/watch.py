@@ -53,7 +53,7 @@ class Watch:
         self._bar = tqdm(total=last * size, initial=first * size, desc="training", unit="image", disable=hidden)
         self._clock = time.monotonic(), first
 
-    def count_flops(self, flops_per_step: float | None) -> None:
+    def count_flops(self, flops_per_step: int) -> None:
         """Of all devices together."""
         self._flops = flops_per_step
 

@@ -10,7 +10,7 @@ LAYERS = [
     {"errors"},
     {"schedule", "flow", "alignment", "sampling", "sde", "sampler", "likelihood"},
     {"models", "lora", "task"},
-    {"chips", "distributed", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
+    {"chips", "distributed", "flops", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
     {"checkpoint", "data", "lora_files", "lora_foreign", "metrics", "oracle", "report", "torch_files", "weights"},
     {"ensemble", "export", "pipeline", "programs", "resizing"},
     {"comparison", "convert", "datasets", "evaluate", "measures", "prepare", "prior", "program", "reflow", "sample"}

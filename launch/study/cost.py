@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from d2f_jax import chips, datasets, prior, report
+from d2f_jax import datasets, flops, prior, report
 from launch.study import adaptation, numbers, training
 from launch.study.adaptation import LABELS
 from launch.study.bench import Bench, Size
@@ -52,7 +52,7 @@ class Compiled:
     """A train step with a batch and a state of its own."""
 
     run: jax.stages.Compiled
-    gflop: float | None
+    gflop: float
     temporary_mb: float
     state: object
     frozen: object
@@ -73,8 +73,8 @@ def compiled(bench: Bench, given) -> Compiled:
     with contextlib.closing(data.train_batches(config, bench.mesh, 0)) as batches:
         batch = next(itertools.islice(batches, 1))
     run = step.run.lower(state, frozen, batch).compile()
-    counted, memory = chips.flops(step.run, state, frozen, batch), run.memory_analysis()
-    made = Compiled(run, counted and counted / 1e9, memory.temp_size_in_bytes / 1e6, state, frozen, batch)
+    counted, memory = flops.count(step.run, state, frozen, batch), run.memory_analysis()
+    made = Compiled(run, counted / 1e9, memory.temp_size_in_bytes / 1e6, state, frozen, batch)
     made.step()
     return made
 

@@ -39,7 +39,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from configs import quickstart
-from d2f_jax import chips, hlo, lora, oracle, prior, sharding, traffic
+from d2f_jax import flops, hlo, lora, oracle, prior, sharding, traffic
 from d2f_jax.models.devices import split_over
 from d2f_jax.models.layers import Build, ResnetBlock2D, Transformer2DModel, in_compute_dtype, shapes_of
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -109,8 +109,8 @@ def size(_known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     graphdef, params = network_of(FULL)
     for batch in (1, 4, 16):
         for form, preset, trained in cases(FULL, params):
-            flops = chips.flops(gradient(graphdef, form), trained, *arguments(params, FULL, batch, 64))
-            yield {"form": form, "preset": preset, "batch": batch, "flops": flops}
+            counted = flops.count(gradient(graphdef, form), trained, *arguments(params, FULL, batch, 64))
+            yield {"form": form, "preset": preset, "batch": batch, "flops": counted}
 
 
 def seconds(_known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from d2f_jax import chips
+from d2f_jax import flops
 from d2f_jax.models import devices
 from d2f_jax.models.layers import Build
 
@@ -37,4 +37,4 @@ def test_a_convolution_may_be_a_product(side: int, size: int, stride: int, paddi
     assert ["stablehlo.convolution" in text for text in programs] == [False, True]
     for a, b in zip(*(jax.tree.leaves(f(params, x)) for f in (product, convolution)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    assert chips.flops(product, params, x) == chips.flops(convolution, params, x)
+    assert flops.count(product, params, x) == flops.count(convolution, params, x)
