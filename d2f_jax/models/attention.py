@@ -13,7 +13,8 @@ from d2f_jax.models import devices
 Backend = Literal["xla", "cudnn", "splash"]
 FUSED = "fused attention"
 """Name of the splash kernel's results under `jax.checkpoint`."""
-_FEW = 1024  # tokens; scores of fewer are small, and XLA fuses their softmax into the products
+_FEW = {"tpu": 1024, "gpu": 256}  # queries; with fewer XLA is as fast on an H200, and moves as little on a TPU
+_AMPERE, _HOPPER = 8.0, 9.0  # compute capabilities from which on cuDNN has the kernel, and for more than 128 features
 
 
 def attention(
@@ -28,27 +29,33 @@ def attention(
 
     Fused kernels keep no scores [B, N, L, M]: `"cudnn"` is that of NVIDIA GPUs, `"splash"` of TPUs (in Pallas, which
     interprets it elsewhere; not causal, L and M multiples of 128). `"auto"` takes them where they can run and pay: half
-    precision and 1024 queries or more, and for splash as many keys.
+    precision, 256 queries or more on a GPU and 1024 on a TPU, and there as many keys.
     """
     chosen = _chosen(q_BxLxNxD, k_BxMxNxD, is_causal) if backend == "auto" else backend
     if chosen == "splash":
         return _splash_over_mesh(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD)
+    if chosen == "cudnn" and k_BxMxNxD.shape[1] % 2:
+        return _of_odd_length(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD, is_causal)
     return jax.nn.dot_product_attention(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD, is_causal=is_causal, implementation=chosen)
 
 
 def _chosen(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, is_causal: bool) -> Backend:
-    length, width = q_BxLxNxD.shape[1], q_BxLxNxD.shape[3]
-    half = q_BxLxNxD.dtype in (jnp.bfloat16, jnp.float16)
-    if not half or length < _FEW:
+    (_, queries, _, width), keys, platform = q_BxLxNxD.shape, k_BxMxNxD.shape[1], devices.platform()
+    if q_BxLxNxD.dtype not in (jnp.bfloat16, jnp.float16) or queries < _FEW.get(platform or "", queries + 1):
         return "xla"
-    match devices.platform():
-        # Head widths over 128 need Hopper; Stable Diffusion 1.x has 160 at its coarsest, where there are few tokens.
-        case "gpu" if width % 8 == 0 and width <= 128:
-            return "cudnn"
-        case "tpu" if not is_causal and k_BxMxNxD.shape[1] >= _FEW and length % 128 == 0 == k_BxMxNxD.shape[1] % 128:
-            return "splash"
-        case _:
-            return "xla"
+    if platform == "tpu":
+        return "xla" if is_causal or keys < _FEW["tpu"] or queries % 128 or keys % 128 else "splash"
+    needed = _AMPERE if width <= 128 else _HOPPER
+    return "cudnn" if width % 8 == 0 and width <= 256 and devices.compute_capability() >= needed else "xla"
+
+
+def _of_odd_length(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, v_BxMxNxD: jax.Array, is_causal: bool) -> jax.Array:
+    """cuDNN's gradient, of one key more: JAX refuses an odd number, such as the text's 77."""
+    lengths = jnp.full(k_BxMxNxD.shape[:1], k_BxMxNxD.shape[1], jnp.int32)
+    k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k_BxMxNxD, v_BxMxNxD))
+    return jax.nn.dot_product_attention(
+        q_BxLxNxD, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 def _splash_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

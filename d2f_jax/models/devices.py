@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,3 +41,10 @@ def platform() -> str | None:
     """Of the mesh's devices, as JAX names it: "cpu", "gpu", "tpu"; None where nothing was said, or is to be chosen."""
     here = mesh()
     return None if here is None or _PLAIN.value else here.devices.flat[0].platform
+
+
+def compute_capability() -> float:
+    """Of the mesh's GPUs, as NVIDIA numbers it: 9.0 for Hopper; 0 where they are another's, or none."""
+    here = mesh()
+    told = "" if here is None else str(getattr(here.devices.flat[0], "compute_capability", ""))
+    return float(told) if re.fullmatch(r"\d+\.\d+", told) else 0.0
