@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from d2f_jax import flow, lora, objectives, optim, sharding
@@ -183,7 +184,7 @@ def make_train_step(
             lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
             sharding.parts(mesh, (batch, draws), options.accumulate),
         )
-        grads = sharding.share(mesh, grads)
+        grads = sharding.share(mesh, as_kept(mesh, grads))
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -209,6 +210,23 @@ def make_train_step(
         return sharding.share(mesh, state), {"loss": mean_loss, "grad_norm": grad_norm, **counters}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def as_kept(mesh: Mesh, grads: Tree) -> Tree:
+    """Gradients in the order in which parameters are in memory.
+
+    Those that cuDNN makes of convolutions are in its own, which XLA would take for the optimizer and the average too,
+    and turn parameters, moments and average there and back.
+    """
+    if mesh.devices.flat[0].platform != "gpu":
+        return grads
+
+    def turned(x: jax.Array) -> jax.Array:
+        if x.ndim < 4:
+            return x
+        return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))))
+
+    return jax.tree.map(turned, grads)
 
 
 class Encoded(NamedTuple):

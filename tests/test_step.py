@@ -1,8 +1,10 @@
 """The train step: pure, the same on any mesh and in any number of parts, and training no more than it should."""
 
 import dataclasses
+import types
 from typing import Any, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -373,3 +375,17 @@ def test_the_old_state_is_donated(full: Setting) -> None:
     state, frozen = full.start(ONE)
     full.step(ONE)(state, frozen, BATCH)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
+
+
+def test_on_a_gpu_gradients_of_convolutions_are_laid_out_as_their_parameters() -> None:
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    grads = {"convolution": twins.random(3, 3, 2, 4), "linear": twins.random(2, 4), "norm": twins.random(4)}
+
+    def kept(mesh: Any) -> Any:
+        return lambda grads: steps.as_kept(mesh, grads)
+
+    chex.assert_trees_all_equal(jax.jit(kept(mesh))(grads), grads)
+    laid = [e for e in jax.make_jaxpr(kept(mesh))(grads).eqns if e.primitive.name == "layout_constraint"]
+    assert [e.outvars[0].aval.shape for e in laid] == [(3, 3, 2, 4)]
+    assert laid[0].params["layout"].major_to_minor == (0, 1, 2, 3)
+    assert not jax.make_jaxpr(kept(sharding.make_mesh()))(grads).eqns
