@@ -233,8 +233,19 @@ class GEGLU(nnx.Module):
         self.proj = build.linear(inputs, 2 * outputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        value, gate = _halves(self.proj, x)
         return value * nnx.gelu(gate, approximate=False)
+
+
+def _halves(layer: nnx.Module, x: jax.Array) -> Sequence[jax.Array]:
+    """Of `layer(x)`, each a product by itself, so that their gradients need not be put together in memory.
+
+    On TPUs this is a tenth of a transformer's cycles, by the compiler. A layer with an adapter beside it is called.
+    """
+    if not isinstance(layer, nnx.Linear) or layer.bias is None:
+        return jnp.split(layer(x), 2, axis=-1)  # pyright: ignore[reportCallIssue]
+    kernels, biases = (jnp.split(y[...].astype(layer.dtype), 2, axis=-1) for y in (layer.kernel, layer.bias))
+    return [x.astype(layer.dtype) @ kernel + bias for kernel, bias in zip(kernels, biases, strict=True)]
 
 
 class FeedForward(nnx.Module):
