@@ -2,11 +2,13 @@
 
     python tests/benchmarks/against_pytorch.py             # what this machine has: its GPU, or the CPU
     python tests/benchmarks/against_pytorch.py --only=tiny
+    python tests/benchmarks/against_pytorch.py --only="sd21, train" --by=ours --patience=300
 
 Contenders are processes of their own that load the same weights, written by diffusers, warm up, and then take turns, a
 step of each in a round; a ratio is the median of the rounds' ratios, so that the machine's moods fall out. On a GPU, or
 where two do not fit beside each other, they run one after another, and ratios are of medians. One that runs out of
-memory is told as such.
+memory is told as such, and so is one that is not ready within --patience. What is measured again, of all contenders or
+of those of --by, replaces what the record holds.
 
 - train: a step of diffusers' `train_text_to_image.py --use_ema`: v-prediction loss of prepared latents and text, norm
   of the gradient clipped, AdamW, averaged weights. Half precision is autocast over float32 master weights.
@@ -17,6 +19,7 @@ Records go to results/benchmarks/against_pytorch_DEVICE.json, and tests/benchmar
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +27,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +39,7 @@ TOKENS = 77
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`side` is of the latents, `steps` those of a sampler."""
+    """`side` is of the latents, `steps` those of a sampler; of train steps `queued` are begun before one waits."""
 
     name: str
     model: str
@@ -46,25 +50,28 @@ class Case:
     contenders: tuple[str, ...]
     rounds: int
     steps: int = 4
+    queued: int = 1
     together: bool = True
 
 
 OWN_KERNELS = "ours, XLA's own kernels"
 """XLA hands convolutions and products on CPUs to YNNPACK; this contender shows what that does."""
 OWN_KERNELS_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-EAGER, SDPA, COMPILED = "diffusers, eager attention", "diffusers, SDPA, channels_last", "diffusers, torch.compile"
-_CPU = ("ours", OWN_KERNELS, "diffusers")
+PLAIN = "diffusers"
+EAGER, SDPA = "diffusers, eager attention", "diffusers, SDPA, channels_last"
+COMPILED, TUNED = "diffusers, torch.compile", "diffusers, torch.compile, max-autotune"
+_CPU = ("ours", OWN_KERNELS, PLAIN)
 CPU_CASES = [
     Case("tiny, train", "tiny-sd", "train", 32, 8, "float32", _CPU, 20),
     Case("tiny, sample", "tiny-sd", "sample", 16, 8, "float32", _CPU, 10),
     Case("sd21, gradient", "sd21", "gradient", 1, 32, "float32", _CPU, 5, together=False),
     Case("sd21, sample", "sd21", "sample", 1, 32, "float32", _CPU, 3, together=False),
 ]
-_GPU = {"model": "sd21", "side": 64, "dtype": "bfloat16", "together": False}
-_ALL = ("ours", EAGER, SDPA, COMPILED)
-GPU_CASES = [Case(f"sd21, train, {n}", work="train", batch=n, contenders=_ALL, rounds=20, **_GPU) for n in (8, 32, 64)]
+_GPU: dict[str, Any] = {"model": "sd21", "side": 64, "dtype": "bfloat16", "together": False}
+_GPU["contenders"] = ("ours", EAGER, SDPA, COMPILED, TUNED)
+GPU_CASES = [Case(f"sd21, train, {n}", work="train", batch=n, rounds=8, queued=5, **_GPU) for n in (8, 32, 64)]
 GPU_CASES += [
-    Case(f"sd21, sample, {n} in {s}", work="sample", batch=n, contenders=_ALL, rounds=5, steps=s, **_GPU)
+    Case(f"sd21, sample, {n} in {s}", work="sample", batch=n, rounds=5, steps=s, **_GPU)
     for n in (1, 32)
     for s in (1, 4, 25)
 ]
@@ -73,6 +80,8 @@ GPU_CASES += [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="beginning of the names of the cases to run")
+    parser.add_argument("--by", default="", help="beginning of the names of the contenders to run")
+    parser.add_argument("--patience", type=float, default=3600, help="seconds to compile and warm up")
     parser.add_argument("--workdir", type=Path, default=ROOT / "benchmarks", help="for the weights of random models")
     given = parser.parse_args()
     device = told_by("device")
@@ -83,38 +92,40 @@ def main() -> None:
     for case in cases:
         folder = model_folder(case.model, given.workdir)
         print(f"{case.name}: {case.batch} x {case.side} x {case.side} latents, {case.dtype}", flush=True)
-        record["cases"][case.name] = measured(case, folder) | dataclasses.asdict(case)
-        record |= {"device": device, "date": time.strftime("%Y-%m-%d", time.gmtime())}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        for name, of in record["cases"][case.name]["seconds"].items():
-            print(f"  {name}: {told(of)}", flush=True)
+        known = record["cases"].setdefault(case.name, {"seconds": {}, "facts": {}}) | dataclasses.asdict(case)
+        for group in [case.contenders] if case.together else [(name,) for name in case.contenders]:
+            if not (asked := [name for name in group if name.startswith(given.by)]):
+                continue
+            seconds, facts = measured(case, asked, folder, given.patience)
+            known |= {"seconds": known["seconds"] | seconds, "facts": known["facts"] | facts}
+            record["cases"][case.name] = known
+            record |= {"device": device, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            for name, of in seconds.items():
+                print(f"  {name}: {told(of)}", flush=True)
 
 
 def told(seconds: list[float] | str) -> str:
     return seconds if isinstance(seconds, str) else f"{statistics.median(seconds):.4g} s"
 
 
-def measured(case: Case, folder: Path) -> dict[str, Any]:
+def measured(case: Case, names: Sequence[str], folder: Path, patience: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """Seconds of every round, peak memory and what else is known, by contender."""
-    seconds: dict[str, Any] = {name: [] for name in case.contenders}
-    facts: dict[str, Any] = {}
-    groups = [case.contenders] if case.together else [(name,) for name in case.contenders]
-    for group in groups:
-        workers = {name: Worker(case, name, folder) for name in group}
+    seconds: dict[str, Any] = {name: [] for name in names}
+    workers = {name: Worker(case, name, folder) for name in names}
+    facts = {name: worker.ask("ready", patience) for name, worker in workers.items()}
+    for _ in range(case.rounds):
         for name, worker in workers.items():
-            facts[name] = worker.ask("ready")
-        for _ in range(case.rounds):
-            for name, worker in workers.items():
-                answer = worker.ask("step")
-                if "seconds" in answer:
-                    seconds[name].append(answer["seconds"])
-        for name, worker in workers.items():
-            facts[name] |= worker.ask("memory")
-            worker.close()
-            if "failed" in facts[name]:
-                seconds[name] = facts[name]["failed"]
-    return {"seconds": seconds, "facts": facts}
+            answer = worker.ask("step")
+            if "seconds" in answer:
+                seconds[name].append(answer["seconds"])
+    for name, worker in workers.items():
+        facts[name] = worker.ask("memory") | facts[name]
+        worker.close()
+        if "failed" in facts[name]:
+            seconds[name] = facts[name]["failed"]
+    return seconds, facts
 
 
 class Worker:
@@ -122,14 +133,31 @@ class Worker:
 
     def __init__(self, case: Case, name: str, folder: Path) -> None:
         command = [sys.executable, __file__, "worker", name, str(folder), json.dumps(dataclasses.asdict(case))]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONPATH": path}
         if name == OWN_KERNELS:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {OWN_KERNELS_FLAG}"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def ask(self, what: str) -> dict[str, Any]:
+    def ask(self, what: str, patience: float | None = None) -> dict[str, Any]:
+        """Its answer; after `patience` seconds without one it is ended, and that is the answer."""
+        if patience is None:
+            return self._ask(what)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self.process.kill()
+
+        clock = threading.Timer(patience, end)
+        clock.start()
+        answer = self._ask(what)
+        clock.cancel()
+        return {"failed": f"not ready in {patience:.0f} s"} if late.is_set() else answer
+
+    def _ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(what + "\n")
@@ -143,14 +171,15 @@ class Worker:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of what is not alive any more
+            self.process.stdin.close()
         self.process.wait()
 
 
 def work(name: str, folder: str, case: Case) -> None:
     """The worker's side."""
     try:
-        run, memory, facts = (diffusers if name.startswith("diffusers") else ours)(name, Path(folder), case)
+        run, memory, facts = (diffusers if name.startswith(PLAIN) else ours)(name, Path(folder), case)
         for _ in range(3):
             run()
         ready = facts
@@ -168,7 +197,7 @@ def work(name: str, folder: str, case: Case) -> None:
             case _:
                 began = time.perf_counter()
                 run()
-                print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+                print(json.dumps({"seconds": (time.perf_counter() - began) / case.queued}), flush=True)
 
 
 Contender = tuple[Callable[[], Any], Callable[[], int], dict[str, Any]]
@@ -179,7 +208,7 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
     import numpy as np
 
     from configs import text_to_image
-    from d2f_jax import chips, optim, prior, settings, sharding
+    from d2f_jax import flops, optim, prior, settings, sharding
     from d2f_jax import step as steps
     from d2f_jax.sampler import Sampler
 
@@ -220,14 +249,15 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
         step = steps.make_train_step(networks, pipeline.schedule, optimizer, options, mesh)
         state, frozen = prior.place(mesh, trained, frozen, optimizer, key)
         compiled = step.lower(state, frozen, batch).compile()
-        flops = chips.flops(step, state, frozen, batch)
+        counted = flops.count(step, state, frozen, batch)
         holder = {"state": state}
 
         def train() -> None:
-            holder["state"], _ = compiled(holder["state"], frozen, batch)
+            for _ in range(case.queued):
+                holder["state"], _ = compiled(holder["state"], frozen, batch)
             jax.block_until_ready(holder["state"])
 
-        return train, memory, facts | {"flops": flops}
+        return train, memory, facts | {"flops": counted}
     loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
     draws = steps.draw(key, options.objective.times, networks, frozen, batch, 0.0)
 
@@ -236,7 +266,7 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
 
     jitted = jax.jit(jax.value_and_grad(total))
     gradient = jitted.lower(trained).compile()
-    return lambda: jax.block_until_ready(gradient(trained)), memory, facts | {"flops": chips.flops(jitted, trained)}
+    return lambda: jax.block_until_ready(gradient(trained)), memory, facts | {"flops": flops.count(jitted, trained)}
 
 
 def diffusers(name: str, folder: Path, case: Case) -> Contender:
@@ -264,9 +294,11 @@ def diffusers(name: str, folder: Path, case: Case) -> Contender:
     def tuned(unet: Any) -> Any:
         if name == EAGER:
             unet.set_attn_processor(AttnProcessor())
-        if name in (SDPA, COMPILED):
+        elif name != PLAIN:
             unet = unet.to(memory_format=torch.channels_last)
-        return torch.compile(unet, mode="max-autotune") if name == COMPILED else unet
+        if name not in (COMPILED, TUNED):
+            return unet
+        return torch.compile(unet, mode="max-autotune" if name == TUNED else "default")
 
     if case.work == "sample":
         pipe: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=half or torch.float32).to(device)
@@ -315,11 +347,12 @@ def diffusers(name: str, folder: Path, case: Case) -> Contender:
     average = [p.detach().clone() for p in parameters]
 
     def train() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1e-3)
+        for _ in range(case.queued):
+            optimizer.zero_grad(set_to_none=True)
+            backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1e-3)
         finished()
 
     return train, memory, facts
@@ -381,14 +414,14 @@ def device() -> None:
 
     here = jax.devices()[0]
     size, dtype = (8192, jnp.bfloat16) if here.platform == "gpu" else (2048, jnp.float32)
-    a = jnp.ones((size, size), dtype)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)  # zeros and ones are multiplied faster
     product = jax.jit(lambda a: a @ a)
     jax.block_until_ready(product(a))
     seconds = []
-    for _ in range(10):
+    for _ in range(3):
         began = time.perf_counter()
-        jax.block_until_ready(product(a))
-        seconds.append(time.perf_counter() - began)
+        jax.block_until_ready([product(a) for _ in range(10)])
+        seconds.append((time.perf_counter() - began) / 10)
     rate = 2 * size**3 / min(seconds)
     facts = {"platform": here.platform, "kind": here.device_kind, "cores": os.cpu_count(), "flops_per_second": rate}
     print(json.dumps(facts))

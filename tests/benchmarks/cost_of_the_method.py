@@ -1,9 +1,9 @@
-"""What Diff2Flow costs above the diffusion objective: operations of Stable Diffusion 2.1's train step by XLA's count.
+"""What Diff2Flow costs above the diffusion objective: operations of Stable Diffusion 2.1's train step.
 
     PYTHONPATH=. python tests/benchmarks/cost_of_the_method.py
 
 At 512 pixels, batch 1, before XLA optimises: the alignment is a few numbers a picture, and a few operations on a
-latent, which vanish in the single precision of XLA's sum. How long a step takes is measured by the study on tiny-sd
+latent. How long a step takes is measured by the study on tiny-sd
 (`./launch/study.sh`, section Cost). The record goes to results/benchmarks/cost_of_the_method.json.
 """
 

