@@ -34,7 +34,7 @@ def attention(
     chosen = _chosen(q_BxLxNxD, k_BxMxNxD, is_causal) if backend == "auto" else backend
     if chosen == "splash":
         return _splash_over_mesh(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD)
-    if chosen == "cudnn" and k_BxMxNxD.shape[1] % 2:
+    if chosen == "cudnn" and (q_BxLxNxD.shape[1] % 2 or k_BxMxNxD.shape[1] % 2):
         return _of_odd_length(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD, is_causal)
     return jax.nn.dot_product_attention(q_BxLxNxD, k_BxMxNxD, v_BxMxNxD, is_causal=is_causal, implementation=chosen)
 
@@ -50,12 +50,11 @@ def _chosen(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, is_causal: bool) -> Back
 
 
 def _of_odd_length(q_BxLxNxD: jax.Array, k_BxMxNxD: jax.Array, v_BxMxNxD: jax.Array, is_causal: bool) -> jax.Array:
-    """cuDNN's gradient, of one key more: JAX refuses an odd number, such as the text's 77."""
-    lengths = jnp.full(k_BxMxNxD.shape[:1], k_BxMxNxD.shape[1], jnp.int32)
-    k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k_BxMxNxD, v_BxMxNxD))
-    return jax.nn.dot_product_attention(
-        q_BxLxNxD, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
+    """cuDNN's, of a token more: for a gradient JAX refuses odd numbers, such as the text's 77 or 17 x 17 pixels."""
+    keys = jnp.full(k_BxMxNxD.shape[:1], k_BxMxNxD.shape[1], jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BxLxNxD, k_BxMxNxD, v_BxMxNxD))
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, key_value_seq_lengths=keys, implementation="cudnn")
+    return out[:, : q_BxLxNxD.shape[1]]
 
 
 def _splash_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

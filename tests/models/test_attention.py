@@ -3,6 +3,7 @@
 import types
 from typing import Any, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,15 +88,18 @@ on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is tha
 
 
 @on_gpu
-@pytest.mark.parametrize("keys", [256, 77, 1])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(256, 256), (256, 77), (289, 289), (289, 78)])
 @pytest.mark.parametrize("width", [40, 64, 160])
-def test_the_fused_kernel_of_gpus_agrees_in_value_and_gradient(width: int, keys: int) -> None:
+def test_the_fused_kernel_of_gpus_agrees_in_value_and_gradient(
+    width: int, queries: int, keys: int, is_causal: bool
+) -> None:
     """As close to float32 as XLA's own in half precision."""
-    q, k, v = qkv(2, 256, 3, width, "bfloat16")
-    of = [q, k[:, :keys], v[:, :keys]]
+    q, k, v = qkv(2, 289, 3, width, "bfloat16")
+    of = [q[:, :queries], k[:, :keys], v[:, :keys]]
 
     def loss(backend: module.Backend, *of: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(attention(*of, backend=backend).astype(jnp.float32)))
+        return jnp.sum(jnp.sin(attention(*of, is_causal=is_causal, backend=backend).astype(jnp.float32)))
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3)), static_argnums=0)
     exact = jax.tree.leaves(gradient("xla", *(x.astype(jnp.float32) for x in of)))
@@ -104,21 +108,27 @@ def test_the_fused_kernel_of_gpus_agrees_in_value_and_gradient(width: int, keys:
         assert off[1] < 2 * off[0] + 1e-3 * float(jnp.linalg.norm(right))
 
 
-def test_cudnn_is_given_an_even_number_of_keys(monkeypatch) -> None:
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_cudnn_is_given_even_lengths(monkeypatch, is_causal: bool) -> None:
     """JAX refuses others for a gradient; what is added counts for nothing."""
     seen = []
     plain = jax.nn.dot_product_attention
 
     def recorded(*of: jax.Array, implementation: str, **options: Any) -> jax.Array:
-        seen.append((implementation, of[1].shape[1]))
+        seen.append((implementation, of[0].shape[1], of[1].shape[1]))
         return plain(*of, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     q, k, v = qkv(2, 32, 3, 8)
-    for keys in (32, 7):
-        of = q, k[:, :keys], v[:, :keys]
-        np.testing.assert_allclose(attention(*of, backend="cudnn"), attention(*of, backend="xla"), atol=1e-6)
-    assert [n for backend, n in seen if backend == "cudnn"] == [32, 8]
+    for queries, keys in [(32, 32), (32, 7), (31, 31), (31, 32)]:
+        of = q[:, :queries], k[:, :keys], v[:, :keys]
+
+        def loss(backend: module.Backend, *of: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(attention(*of, is_causal=is_causal, backend=backend)))
+
+        found = [jax.value_and_grad(loss, argnums=(1, 2, 3))(backend, *of) for backend in ("cudnn", "xla")]
+        chex.assert_trees_all_close(*found, atol=1e-6)
+    assert {length for backend, *lengths in seen if backend == "cudnn" for length in lengths} == {8, 32}
 
 
 def test_operations_are_counted_the_same_where_a_fused_kernel_is_chosen(monkeypatch) -> None:
