@@ -5,7 +5,7 @@ average and the optimizer's state. What is frozen is split over `fsdp` and whole
 as it needs them, in the type in which it computes, and every device updates its share of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -111,6 +111,14 @@ def gathered(mesh: Mesh, params: Tree) -> Tree:
 def share(mesh: Mesh, tree: Tree) -> Tree:
     """Under jit: every array split as `shared` has it."""
     return jax.lax.with_sharding_constraint(tree, shared(mesh, tree))
+
+
+def each_share(mesh: Mesh, function: Callable[[Tree], Tree], tree: Tree) -> Tree:
+    """Under jit: `function` of what each device holds of arrays split as `shared` has it."""
+    if mesh.size == 1:
+        return function(tree)
+    specs = jax.tree.map(lambda where: where.spec, shared(mesh, tree))
+    return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)(tree)
 
 
 def split_rows(mesh: Mesh, tree: Tree) -> Tree:

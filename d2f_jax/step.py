@@ -184,7 +184,7 @@ def make_train_step(
             lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
             sharding.parts(mesh, (batch, draws), options.accumulate),
         )
-        grads = sharding.share(mesh, as_kept(mesh, grads))
+        grads = as_kept(mesh, sharding.share(mesh, grads))
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -213,20 +213,22 @@ def make_train_step(
 
 
 def as_kept(mesh: Mesh, grads: Tree) -> Tree:
-    """Gradients in the order in which parameters are in memory.
+    """Gradients, split as `sharding.shared` has them, in the order in which parameters are in memory.
 
     Those that cuDNN makes of convolutions are in its own, which XLA would take for the optimizer and the average too,
     and turn parameters, moments and average there and back.
     """
-    if mesh.devices.flat[0].platform != "gpu":
-        return grads
+    return laid_out(mesh, grads) if mesh.devices.flat[0].platform == "gpu" else grads
 
+
+def laid_out(mesh: Mesh, grads: Tree) -> Tree:
     def turned(x: jax.Array) -> jax.Array:
         if x.ndim < 4:
             return x
         return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))))
 
-    return jax.tree.map(turned, grads)
+    # By each device's share: the partitioner would gather what it is to lay out.
+    return sharding.each_share(mesh, lambda grads: jax.tree.map(turned, grads), grads)
 
 
 class Encoded(NamedTuple):

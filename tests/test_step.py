@@ -1,7 +1,6 @@
 """The train step: pure, the same on any mesh and in any number of parts, and training no more than it should."""
 
 import dataclasses
-import types
 from typing import Any, get_args
 
 import chex
@@ -377,15 +376,15 @@ def test_the_old_state_is_donated(full: Setting) -> None:
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
 
 
-def test_on_a_gpu_gradients_of_convolutions_are_laid_out_as_their_parameters() -> None:
-    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
-    grads = {"convolution": twins.random(3, 3, 2, 4), "linear": twins.random(2, 4), "norm": twins.random(4)}
-
-    def kept(mesh: Any) -> Any:
-        return lambda grads: steps.as_kept(mesh, grads)
-
-    chex.assert_trees_all_equal(jax.jit(kept(mesh))(grads), grads)
-    laid = [e for e in jax.make_jaxpr(kept(mesh))(grads).eqns if e.primitive.name == "layout_constraint"]
-    assert [e.outvars[0].aval.shape for e in laid] == [(3, 3, 2, 4)]
-    assert laid[0].params["layout"].major_to_minor == (0, 1, 2, 3)
-    assert not jax.make_jaxpr(kept(sharding.make_mesh()))(grads).eqns
+@pytest.mark.parametrize("devices", [1, 8])
+def test_gradients_of_convolutions_are_laid_out_as_their_parameters(devices: int) -> None:
+    """For a GPU; where each device holds a share it is that of its own."""
+    mesh = sharding.make_mesh(-1, max(devices // 4, 1), jax.devices()[:devices])
+    grads = {"convolution": twins.random(3, 3, 8, 16), "linear": twins.random(8, 4), "norm": twins.random(4)}
+    grads = jax.device_put(grads, sharding.shared(mesh, grads))
+    laid_out = jax.jit(lambda grads: steps.laid_out(mesh, sharding.share(mesh, grads)))
+    chex.assert_trees_all_equal(laid_out(grads), grads)
+    program = laid_out.lower(grads)
+    assert "all-gather" not in program.compile().as_text()
+    assert program.as_text().count("LayoutConstraint") == 1
+    assert steps.as_kept(mesh, grads) is grads  # here are no GPUs
