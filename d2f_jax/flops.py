@@ -1,6 +1,8 @@
 """Operations of a program, counted from what was traced: the same on every device, and before anything is optimised."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +11,23 @@ import numpy as np
 from d2f_jax.models import devices
 
 _EACH = frozenset(
-    {"abs", "add", "add_any", "cos", "cumsum", "div", "erf", "exp", "expm1", "integer_pow", "log", "log1p", "logistic"}
+    {
+        "abs",
+        "add",
+        "add_any",
+        "cos",
+        "cumsum",
+        "div",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "expm1",
+        "integer_pow",
+        "log",
+        "log1p",
+        "logistic",
+    }
     | {"max", "min", "mul", "neg", "pow", "rsqrt", "sin", "sqrt", "square", "sub", "tanh"}
 )
 """Primitives that count once for each element of their result."""
@@ -26,19 +44,24 @@ def count(jitted: Any, *arguments: Any) -> int:
         return _all(jitted.trace(*arguments).jaxpr.jaxpr)
 
 
-def _all(jaxpr: Any) -> int:
-    """Of the equations whose results are read: XLA drops the others."""
-    total, read = 0, {id(x) for x in jaxpr.outvars}
+def _all(jaxpr: Any, wanted: Sequence[bool] | None = None) -> int:
+    """Of the equations whose results are read, for those of its results that are `wanted`: XLA drops the others."""
+    outs = jaxpr.outvars if wanted is None else itertools.compress(jaxpr.outvars, wanted)
+    total, read = 0, {id(x) for x in outs}
     for equation in reversed(jaxpr.eqns):
-        if any(id(x) in read for x in equation.outvars):
-            total += _one(equation)
+        wanted = [id(x) in read for x in equation.outvars]
+        if any(wanted):
+            total += _one(equation, wanted)
             read |= {id(x) for x in equation.invars}
     return total
 
 
-def _one(equation: Any) -> int:
+def _one(equation: Any, wanted: Sequence[bool]) -> int:
     name, given, params = equation.primitive.name, equation.invars, equation.params
-    inside = [_all(jaxpr) for jaxpr in _jaxprs(list(params.values()))]
+    bodies = _jaxprs(list(params.values()))
+    # A loop's results are also what it goes on with.
+    dropped = wanted if name not in ("scan", "while") else None
+    inside = [_all(body, dropped if len(body.outvars) == len(wanted) else None) for body in bodies]
     match name:
         case "scan":
             return params["length"] * sum(inside)

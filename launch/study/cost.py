@@ -1,4 +1,4 @@
-"""What a step costs with each objective: seconds measured in turn, operations and memory as XLA counts them."""
+"""What a step costs with each objective: seconds measured in turn, operations as traced, and memory by XLA."""
 
 import contextlib
 import dataclasses
@@ -100,7 +100,7 @@ def section(known: Known, _pictures: Path) -> Section:
     text = f"""
 A step of {known.size.batch_size} latents of tiny-sd, the three objectives in turn, {ROUNDS} rounds; the ratio is
 that of a round, and what its median is known to is told by its order statistics. A claim of time is judged by all of
-that interval. Operations are counted by XLA before it optimises, temporary memory is that of the compiled step.
+that interval. Operations are counted before XLA optimises, temporary memory is that of the compiled step.
 
 {report.markdown_table(header, rows)}"""
     return Section("Cost", text, [_claim(result, objective) for objective in ("diff2flow", "flow_matching")])

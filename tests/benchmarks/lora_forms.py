@@ -6,7 +6,7 @@
     PYTHONPATH=. python tests/benchmarks/lora_forms.py tpu   # blocks of it as TPU v6e's compiler has them; it goes on
 
 Loss and gradient of the UNet with the paper's two sets of adapters, and of the whole UNet; float32, no recomputation.
-First Stable Diffusion 2.1 at 512 pixels (64 x 64 latents): TFLOP a step, as XLA counts them before it optimises. Then
+First Stable Diffusion 2.1 at 512 pixels (64 x 64 latents): TFLOP a step, before XLA optimises. Then
 memory and time of the same UNet, on a CPU at a quarter of its width and half its latents' side, with ranks of 16 for
 64: weights and activations are both about a sixteenth, so that their proportion is that of the full size. Memory is the
 temporaries of XLA's memory analysis; seconds are the least of five runs, on a CPU those of its time (others may use the
