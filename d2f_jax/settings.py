@@ -64,6 +64,7 @@ _LEAST = {
     "lora.scale": 1e-9,
     **{f"lora.{group}_{size}": 0 for group in _LORA_GROUPS for size in ("rank", "ratio")},
     "train.num_steps": 1,
+    "train.batch_size": 1,
     "train.accumulate": 1,
     "train.learning_rate": 0,
     "train.final_rate": 1e-9,
