@@ -80,26 +80,36 @@ GPU_CASES += [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="beginning of the names of the cases to run")
-    parser.add_argument("--by", default="", help="beginning of the names of the contenders to run")
+    parser.add_argument("--by", default="", help="name of the one contender to run, where they do not take turns")
     parser.add_argument("--patience", type=float, default=3600, help="seconds to compile and warm up")
     parser.add_argument("--workdir", type=Path, default=ROOT / "benchmarks", help="for the weights of random models")
     given = parser.parse_args()
     device = told_by("device")
     cases = [c for c in (GPU_CASES if device["platform"] == "gpu" else CPU_CASES) if c.name.startswith(given.only)]
+    if not cases:
+        parser.error(f"--only={given.only}: no case begins so")
+    if given.by and any(case.together or given.by not in case.contenders for case in cases):
+        parser.error(f"--by={given.by}: is not in every case that is asked for, or takes turns there")
     kind = "cpu" if device["platform"] == "cpu" else device["kind"].lower().replace(" ", "_")
     file = ROOT / "results" / "benchmarks" / f"against_pytorch_{kind}.json"
     record = json.loads(file.read_text()) if file.exists() else {"cases": {}}
     for case in cases:
         folder = model_folder(case.model, given.workdir)
         print(f"{case.name}: {case.batch} x {case.side} x {case.side} latents, {case.dtype}", flush=True)
-        known = record["cases"].setdefault(case.name, {"seconds": {}, "facts": {}}) | dataclasses.asdict(case)
-        for group in [case.contenders] if case.together else [(name,) for name in case.contenders]:
-            if not (asked := [name for name in group if name.startswith(given.by)]):
-                continue
-            seconds, facts = measured(case, asked, folder, given.patience)
+        fields = {name: x for name, x in dataclasses.asdict(case).items() if name != "contenders"}
+        known = record["cases"].get(case.name, {})
+        if not fields.items() <= known.items():  # what was measured was something else
+            known = fields | {"seconds": {}, "facts": {}}
+        date = time.strftime("%Y-%m-%d", time.gmtime())
+        names = (given.by,) if given.by else case.contenders
+        for group in [names] if case.together else [(name,) for name in names]:
+            seconds, facts = measured(case, group, folder, given.patience)
+            for name in group:
+                facts[name] |= {"date": date, "product": device["flops_per_second"]}
             known |= {"seconds": known["seconds"] | seconds, "facts": known["facts"] | facts}
             record["cases"][case.name] = known
-            record |= {"device": device, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+            record |= {"device": device, "date": date}
+            record.pop("note", None)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record, indent=1) + "\n")
             for name, of in seconds.items():
@@ -288,8 +298,9 @@ def diffusers(name: str, folder: Path, case: Case) -> Contender:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    if device == "cuda":  # as JAX multiplies float32 that is left over
+    if device == "cuda":  # as JAX multiplies float32 that is left over, and XLA looks for the fastest kernels
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
 
     def tuned(unet: Any) -> Any:
         if name == EAGER:
@@ -343,7 +354,8 @@ def diffusers(name: str, folder: Path, case: Case) -> Contender:
 
     if case.work == "gradient":
         return gradient, memory, facts
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=True)
+    faster = {"fused": True} if device == "cuda" else {"foreach": True}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, **faster)
     average = [p.detach().clone() for p in parameters]
 
     def train() -> None:

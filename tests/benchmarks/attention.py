@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/benchmarks/attention.py
 
-Value, and value with the gradient by queries, keys and values, in bfloat16; a time is the mean of twenty queued one
+Value, and gradient by queries, keys and values, in bfloat16; a time is the mean of twenty queued one
 after another. Also by how much the two results differ. `auto` in d2f_jax/models/attention.py chooses by this. The
 record goes to results/benchmarks/attention_DEVICE.json.
 """

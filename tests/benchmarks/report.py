@@ -58,8 +58,7 @@ def against(record: dict[str, Any]) -> str:
     gpu = record["device"]["platform"] == "gpu"
     rows = []
     for case in record["cases"].values():
-        for name in case["contenders"]:
-            rows.append(row(case, name, record["device"]["flops_per_second"] if gpu else None))
+        rows += [row(case, name, on_gpu=gpu) for name in case["seconds"]]
     versions: dict[str, str] = {}
     for case in record["cases"].values():
         for facts in case["facts"].values():
@@ -80,12 +79,12 @@ KERNELS = """On CPUs XLA leaves convolutions and products to YNNPACK. "XLA's own
 under `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`."""
 
 
-def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
+def row(case: dict[str, Any], name: str, *, on_gpu: bool) -> list[str]:
     seconds, facts = case["seconds"][name], case["facts"][name]
     what = WORK[case["work"]].format(**case)
     cells = [f"{case['model']}, {what}", str(case["batch"]), f"{case['side']} x {case['side']}", name]
     if isinstance(seconds, str):
-        return [*cells, seconds, "", "", "", *([""] if rate else [])]
+        return [*cells, seconds, "", "", "", *([""] if on_gpu else [])]
     mine = case["seconds"]["ours"]
     ratio = "1"
     if name != "ours" and not isinstance(mine, str):
@@ -96,9 +95,9 @@ def row(case: dict[str, Any], name: str, rate: float | None) -> list[str]:
         ratio = f"{times:.2f}"
     median = statistics.median(seconds)
     cells += [f"{median:.3g}", f"{case['batch'] / median:.3g}", ratio, f"{facts['peak_bytes'] / 1e9:.2f} GB"]
-    if rate:
+    if on_gpu:
         flops = case["facts"]["ours"].get("flops")
-        cells += [f"{flops / median / rate:.0%}" if flops else ""]
+        cells += [f"{flops / median / facts['product']:.0%}" if flops else ""]
     return cells
 
 
@@ -108,7 +107,7 @@ def attention(record: dict[str, Any]) -> str:
         shape = f"{of['queries']} queries, {of['keys']} keys, {of['heads']} heads of {of['features']}"
         times = [f"{1e6 * of[backend][i]:,.0f}" for i in (0, 1) for backend in ("xla", "cudnn")]
         rows.append([shape, *times, f"{max(of['differ']):.1e}"])
-    header = ["", "value: XLA", "cuDNN", "with gradient: XLA", "cuDNN", "differ by"]
+    header = ["", "value: XLA", "cuDNN", "gradient: XLA", "cuDNN", "differ by"]
     return f"""## Attention alone: {record["device"]}
 
 Microseconds at batch {record["batch"]} in bfloat16, and the largest relative difference of value and gradients; jax
