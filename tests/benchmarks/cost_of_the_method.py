@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/benchmarks/cost_of_the_method.py
 
 At 512 pixels, batch 1, before XLA optimises: the alignment is a few numbers a picture, and a few operations on a
-latent. How long a step takes is measured by the study on tiny-sd
-(`./launch/study.sh`, section Cost). The record goes to results/benchmarks/cost_of_the_method.json.
+latent. How long a step takes is measured by the study on tiny-sd (`./launch/study.sh`, section Cost). The record goes
+to results/benchmarks/cost_of_the_method.json.
 """
 
 import json
