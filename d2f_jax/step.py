@@ -138,14 +138,13 @@ def make_loss(
 
     @split_over(mesh)
     def loss(params: UNetParams, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
-        params = whole(params)
-        unet = nnx.merge(networks.unet, params.merged)
+        unet = nnx.merge(networks.unet, params.merged).gather(whole)
         found = encoded(networks, frozen, batch, whole)
         spread = found.std * draws.posterior_noise if options.latents == "sample" else 0
         x_1 = (found.mean + spread) * options.latent_scale
         picture = None if found.picture is None else found.picture * options.latent_scale
         x_0 = options.task.source(draws.x_0, picture)
-        lora.attach(unet, params.adapters, scale=1.0, condition=picture)
+        lora.attach(unet, whole(params.adapters), scale=1.0, condition=picture)
 
         def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
             return unet(options.task.network_input(dm_x, picture), tau_B, found.text_states)

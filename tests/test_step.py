@@ -226,6 +226,18 @@ def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str)
     assert kept_bytes(again) < 0.9 * kept_bytes(full)
 
 
+def test_weights_that_are_gathered_again_change_no_number(full: Setting) -> None:
+    again, mesh = setting(remat="gathers"), mesh_of(2, 2)
+    np.testing.assert_allclose(run(again, 2, mesh=mesh)[1], run(full, 2)[1], rtol=2e-6)
+
+    def gathers(of: Setting) -> int:
+        state, frozen = of.start(mesh)
+        lowered = of.step(mesh).lower(state, frozen, sharding.put_rows(mesh, BATCH, 8))
+        return lowered.compile().as_text().count(" all-gather(")
+
+    assert gathers(again) > 1.5 * gathers(setting(remat="elementwise"))
+
+
 def test_half_precision_keeps_float32_masters() -> None:
     half = setting(dtype="bfloat16")
     state, losses = run(half, 20, compute_dtype="bfloat16", mesh=mesh_of(2, 2))

@@ -14,8 +14,11 @@ from d2f_jax.models.attention import FUSED, attention
 
 Tree = TypeVar("Tree")
 Network = TypeVar("Network", bound=nnx.Module)
-Recompute = Literal["nothing", "elementwise", "everything"]
-"""Of a block's inside in the backward pass; "elementwise" keeps what costs: results of weights and fused kernels."""
+Recompute = Literal["nothing", "elementwise", "gathers", "everything"]
+"""Of a block's inside in the backward pass; "elementwise" keeps what costs: results of weights and fused kernels.
+
+"gathers" does, too, but not the weights that came from other devices, and "everything" keeps neither.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +135,30 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
-def recomputed(forward: Callable[..., jax.Array], what: Recompute) -> Callable[..., jax.Array]:
-    """`forward`, which keeps less for its backward pass. Norms and activations would be kept in float32, many times.
+class Block(nnx.Module):
+    """Calls `forward`, and may keep less for its backward pass: norms and activations would be float32, many times.
 
-    What a fused kernel of attention made is always kept: it is small, and no cheaper the second time.
+    What a fused kernel of attention made is always kept: it is small, and no cheaper the second time. `gathered`, if
+    there is one, brings the block's parameters to every device, in either pass anew.
     """
-    if what == "nothing":
-        return forward
-    return jax.checkpoint(forward, policy=_costs if what == "elementwise" else _fused)
+
+    forward: Callable[..., jax.Array]
+
+    def __init__(self) -> None:
+        self.recompute: Recompute = "nothing"
+        self.gathered: Callable[[nnx.State], nnx.State] | None = None
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        if self.recompute == "nothing":
+            return self.forward(x, context)
+        policy = _fused if self.recompute == "everything" else _costs
+        structure, params, rest = nnx.split(self, nnx.Param, ...)
+
+        def forward(params: nnx.State, x: jax.Array, context: jax.Array | None) -> jax.Array:
+            params = params if self.gathered is None else self.gathered(params)
+            return nnx.merge(structure, params, rest).forward(x, context)
+
+        return jax.checkpoint(forward, policy=policy)(params, x, context)
 
 
 def _costs(primitive: Any, *_: Any, **options: Any) -> bool:
@@ -157,24 +176,21 @@ class Nothing(nnx.Module):
     """Holds the place of a layer without parameters, so that its neighbours keep their checkpoint's numbers."""
 
 
-class ResnetBlock2D(nnx.Module):
+class ResnetBlock2D(Block):
     """Norm, SiLU, conv, twice, with the time embedding added between where the block has one (`time_width`)."""
 
     def __init__(
         self, inputs: int, outputs: int, *, time_width: int | None, groups: int, eps: float, build: Build
     ) -> None:
+        super().__init__()
         self.norm1 = build.group_norm(inputs, groups, eps)
         self.conv1 = build.conv(inputs, outputs, 3)
         self.time_emb_proj = build.linear(time_width, outputs) if time_width else None
         self.norm2 = build.group_norm(outputs, groups, eps)
         self.conv2 = build.conv(outputs, outputs, 3)
         self.conv_shortcut = build.conv(inputs, outputs, 1) if inputs != outputs else None
-        self.recompute: Recompute = "nothing"
 
-    def __call__(self, x: jax.Array, time_BxD: jax.Array | None = None) -> jax.Array:
-        return recomputed(self._forward, self.recompute)(x, time_BxD)
-
-    def _forward(self, x: jax.Array, time_BxD: jax.Array | None) -> jax.Array:
+    def forward(self, x: jax.Array, time_BxD: jax.Array | None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         if self.time_emb_proj is not None and time_BxD is not None:
             h = h + self.time_emb_proj(nnx.silu(time_BxD))[:, None, None, :].astype(h.dtype)
@@ -274,7 +290,7 @@ class BasicTransformerBlock(nnx.Module):
         return x_BxLxD + self.ff(self.norm3(x_BxLxD))
 
 
-class Transformer2DModel(nnx.Module):
+class Transformer2DModel(Block):
     """Transformer blocks on a feature map's pixels, between two projections: 1x1 convs in SD 1.x, linear in 2.x."""
 
     def __init__(
@@ -288,6 +304,7 @@ class Transformer2DModel(nnx.Module):
         linear_projection: bool,
         build: Build,
     ) -> None:
+        super().__init__()
         project = build.linear if linear_projection else lambda inputs, outputs: build.conv(inputs, outputs, 1)
         self.norm = build.group_norm(channels, groups, 1e-6)
         self.proj_in = project(channels, channels)
@@ -295,12 +312,8 @@ class Transformer2DModel(nnx.Module):
             BasicTransformerBlock(channels, heads=heads, context_width=context_width, build=build) for _ in range(depth)
         )
         self.proj_out = project(channels, channels)
-        self.recompute: Recompute = "nothing"
 
-    def __call__(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
-        return recomputed(self._forward, self.recompute)(x, text_BxMxD)
-
-    def _forward(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
+    def forward(self, x: jax.Array, text_BxMxD: jax.Array) -> jax.Array:
         h = self.proj_in(self.norm(x))
         tokens_BxLxD = h.reshape(h.shape[0], -1, h.shape[-1])
         for block in self.transformer_blocks:

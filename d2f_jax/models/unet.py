@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 
 from d2f_jax.errors import InputError
 from d2f_jax.models import config as configs
-from d2f_jax.models.layers import Build, Downsample2D, ResnetBlock2D, Transformer2DModel, Upsample2D
+from d2f_jax.models.layers import Block, Build, Downsample2D, Recompute, ResnetBlock2D, Transformer2DModel, Upsample2D
 
-Remat = Literal["none", "elementwise", "resnets", "attentions", "blocks"]
+Remat = Literal["none", "elementwise", "gathers", "resnets", "attentions", "blocks"]
 
 _NEUTRAL = {
     "act_fn": ("silu",),
@@ -149,15 +149,26 @@ class UNet2DConditionModel(nnx.Module):
     def set_remat(self, remat: Remat) -> None:
         """What is computed again in the backward pass instead of kept: less memory, more work.
 
-        Norms, activations and scores ("elementwise"), which is little work; with one of the others also all that is
-        inside of residual blocks, of transformers, or of both.
+        Norms, activations and scores ("elementwise"), which is little work; with "gathers" blocks also gather weights
+        again, and with one of the others all that is inside of residual blocks, of transformers, or of both is
+        computed again besides.
         """
         kinds = {"resnets": (ResnetBlock2D,), "attentions": (Transformer2DModel,)}
         kinds["blocks"] = kinds["resnets"] + kinds["attentions"]
+        simple: dict[Remat, Recompute] = {"none": "nothing", "elementwise": "elementwise"}
+        others = simple.get(remat, "gathers")
         for _, module in nnx.iter_modules(self):
-            if isinstance(module, ResnetBlock2D | Transformer2DModel):
-                whole = isinstance(module, kinds.get(remat, ()))
-                module.recompute = "nothing" if remat == "none" else "everything" if whole else "elementwise"
+            if isinstance(module, Block):
+                module.recompute = "everything" if isinstance(module, kinds.get(remat, ())) else others
+
+    def gather(self, gathered: Callable[[nnx.State], nnx.State]) -> "UNet2DConditionModel":
+        """With `gathered(parameters)` for its parameters; blocks that gather them again do so when they compute."""
+        blocks = {path: module for path, module in nnx.iter_modules(self) if isinstance(module, Block)}
+        again = {path: block for path, block in blocks.items() if block.recompute in ("gathers", "everything")}
+        for block in again.values():
+            block.gathered = gathered
+        structure, later, once = nnx.split(self, lambda path, _: any(path[: len(at)] == at for at in again), ...)
+        return nnx.merge(structure, later, gathered(once))
 
 
 def sinusoids(time_B: jax.Array, config: UNetConfig) -> jax.Array:
