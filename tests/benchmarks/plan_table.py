@@ -26,9 +26,10 @@ MODELS = {"2.1": "", "1.5": ":sd15"}
 TRAINED = {"lora_base": ":lora_base", "all": ""}
 IMAGES = 4  # on each chip
 CHIPS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v5e:16x16")
-Case = tuple[str, str, str]  # topology, version, what is trained
-CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED))
-HEADER = ["Stable Diffusion", "trained", "chips", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
+Case = tuple[str, str, str, str]  # topology, version, what is trained, config.remat
+CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED, ["elementwise"]))
+CASES.insert(CASES.index(("v5e:2x2", "2.1", "all", "elementwise")) + 1, ("v5e:2x2", "2.1", "all", "gathers"))
+HEADER = ["Stable Diffusion", "trained", "chips", "remat", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
 HEADER += ["TFLOP of a chip", "HBM traffic, GB", "bound by", "images/s per chip at most", "one operation after another"]
 HEADER += ["chip-hours for 20,000 steps"]
 
@@ -55,16 +56,16 @@ def file(case: Case) -> Path:
     return RESULTS / "plan" / f"{name(case)}.json"
 
 
-def command(topology: str, config: str, batch: str) -> list[str]:
+def command(topology: str, config: str, batch: str, remat: str) -> list[str]:
     file = f"configs/text_to_image.py:diff2flow{config}:array_record:PREPARED"
     program = ["python", "-m", "d2f_jax.plan", f"--config={file}"]
-    return [*program, f"--topology={topology}", f"--batch_size={batch}", "--quick", "--json"]
+    return [*program, f"--topology={topology}", f"--batch_size={batch}", f"--config.remat={remat}", "--quick", "--json"]
 
 
 def ask(case: Case) -> None:
-    topology, version, trained = case
+    topology, version, trained, remat = case
     batch = IMAGES * math.prod(map(int, topology.partition(":")[2].split("x")))
-    _, *arguments = command(topology, MODELS[version] + TRAINED[trained], str(batch))
+    _, *arguments = command(topology, MODELS[version] + TRAINED[trained], str(batch), remat)
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200])
@@ -81,7 +82,7 @@ def write(failed: dict[Case, str]) -> None:
     rows = [row(case, plans.get(case), failed.get(case, "")) for case in CASES if case in plans or case in failed]
     versions = sorted({f"{k} {v}" for plan in plans.values() for k, v in plan["versions"].items()})
     title = "What finetuning Stable Diffusion 1.5 and 2.1 at 512 pixels needs of TPUs, as their compiler has it."
-    line = " ".join(command("CHIPS", "[:sd15][:lora_base]", "BATCH"))
+    line = " ".join(command("CHIPS", "[:sd15][:lora_base]", "BATCH", "REMAT"))
     told = f"{', '.join(versions)}; of {len(CASES)} rows {len(CASES) - len(rows)} were not asked yet"
     text = f"{title}\n\n    {line}\n\n{told}\n\n{report.markdown_table(HEADER, rows)}"
     RESULTS.mkdir(exist_ok=True)
@@ -89,8 +90,8 @@ def write(failed: dict[Case, str]) -> None:
 
 
 def row(case: Case, plan: dict[str, Any] | None, missing: str) -> list[str]:
-    topology, version, trained = case
-    cells = [version, trained, topology]
+    topology, version, trained, remat = case
+    cells = [version, trained, topology, remat]
     if plan is None:
         return [*cells, "", missing, *[""] * 8]
     memory = {part: f"{size / 2**30:.2f}" for part, size in plan["memory"].items()}
