@@ -37,8 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.init_from = ""  # checkpoints/ of another run of the same model, whose averaged weights this one begins with
     config.seed = 0  # of data order, noise, times and adapters; never of the evaluation's noise
     config.compute_dtype = "float32"  # of the networks; "bfloat16" on TPU and GPU. Parameters stay float32
-    # Done again in the backward pass: "elementwise", norms and activations, saves memory at little cost; "gathers" also
-    # has devices send each other weights again; with "resnets", "attentions", "blocks" these compute again besides
+    # Done again in the backward pass: "elementwise", norms and activations, saves memory at little cost; with "gathers"
+    # devices also send each other weights again; "resnets", "attentions", "blocks" do both, and compute these again
     config.remat = "none"
 
     config.task = ConfigDict()

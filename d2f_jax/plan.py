@@ -71,8 +71,6 @@ def search(config: Config, kind: Kind, where: Topology, quick: bool = False) -> 
     wanted = (config.train if train else config.eval).batch_size
     start, found = 2 ** int(math.log2(max(1, wanted // parts))), []
     for remat in get_args(Remat) if train else ("none",):
-        if remat == "gathers" and len(where.devices) == 1:
-            continue  # which has all weights
 
         def make(size: int, remat: str = remat) -> Plan:
             changed = _changed(config, {_SIZE[kind]: size * parts, "remat": remat})

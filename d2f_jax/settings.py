@@ -111,9 +111,10 @@ _MOST = {
     "train.b1": 0.99999,
     "train.b2": 0.99999,
 }
-# What a run may change when it goes on: where it runs and what it tells, never what it computes.
+# What a run may change when it goes on: where it runs and what it tells, never what it computes but for rounding.
 FREE = (
     "config.mesh.",
+    "config.remat",
     "config.data.num_workers",
     "config.data.max_damaged",
     "config.data.on_damage",

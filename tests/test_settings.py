@@ -286,8 +286,8 @@ def test_a_workdir_belongs_to_one_config(tmp_path: Path) -> None:
     assert "config.seed (0 there, 7 here), config.train.learning_rate (0.0003 there, 1e-05 here)" in str(error.value)
     assert "eval" not in str(error.value) and "another --workdir" in str(error.value)
     assert file.read_text() == before
-    file.write_text(before.replace('"seed": 0', '"seed": 0, "sides": 6').replace('"remat": "none",', ""))
-    with pytest.raises(InputError, match=r"remat \(None there, 'none' here\), config\.sides \(6 there, None here\)"):
+    file.write_text(before.replace('"seed": 0', '"seed": 0, "sides": 6').replace('"compute_dtype": "float32",', ""))
+    with pytest.raises(InputError, match=r"dtype \(None there, 'float32' here\), config\.sides \(6 there, None here\)"):
         settings.claim(tmp_path / "run", changed())
 
 
@@ -304,6 +304,7 @@ def test_where_a_run_goes_on_and_what_it_tells_may_change(tmp_path: Path) -> Non
     free = {
         "mesh.data": 1,
         "mesh.fsdp": 8,
+        "remat": "gathers",
         "data.num_workers": 2,
         "data.max_damaged": 5,
         "train.log_every": 1,

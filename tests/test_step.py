@@ -226,6 +226,11 @@ def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str)
     assert kept_bytes(again) < 0.9 * kept_bytes(full)
 
 
+def test_adapters_are_trained_alike_where_blocks_gather_and_compute_again() -> None:
+    again, plain = (setting(with_lora=True, remat=remat) for remat in ("blocks", "none"))
+    np.testing.assert_allclose(run(again, 2, mesh=mesh_of(2, 2))[1], run(plain, 2)[1], rtol=2e-6)
+
+
 def test_weights_that_are_gathered_again_change_no_number(full: Setting) -> None:
     again, mesh = setting(remat="gathers"), mesh_of(2, 2)
     np.testing.assert_allclose(run(again, 2, mesh=mesh)[1], run(full, 2)[1], rtol=2e-6)

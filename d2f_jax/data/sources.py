@@ -200,7 +200,9 @@ def _check_pictures(folder: Path, names: list[str]) -> None:
         except Exception as error:
             bad.append(f"{name} ({_reason(error)})")
     if bad:
-        raise InputError(f"{folder}: {len(bad)} of {len(names)} pictures do not open: {listing(bad)}")
+        raise InputError(
+            f"{folder}: {len(bad)} of {len(names)} pictures do not open: {listing(bad)}; mend or unlist them"
+        )
 
 
 def _open(file: Path | str | io.BytesIO) -> Image.Image:

@@ -15,9 +15,10 @@ from d2f_jax.models.attention import FUSED, attention
 Tree = TypeVar("Tree")
 Network = TypeVar("Network", bound=nnx.Module)
 Recompute = Literal["nothing", "elementwise", "gathers", "everything"]
-"""Of a block's inside in the backward pass; "elementwise" keeps what costs: results of weights and fused kernels.
+"""What of a block's inside is computed again in the backward pass.
 
-"gathers" does, too, but not the weights that came from other devices, and "everything" keeps neither.
+"elementwise" keeps what costs: products with weights, and what fused attention made. "gathers" keeps these, but not the
+weights themselves where devices gather them, and "everything" nothing but what fused attention made.
 """
 
 
@@ -136,10 +137,10 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Block(nnx.Module):
-    """Calls `forward`, and may keep less for its backward pass: norms and activations would be float32, many times.
+    """Calls `forward`, and may keep less for its backward pass, which else has float32 copies of norms and activations.
 
-    What a fused kernel of attention made is always kept: it is small, and no cheaper the second time. `gathered`, if
-    there is one, brings the block's parameters to every device, in either pass anew.
+    What fused attention made is always kept: it is small, and no cheaper the second time. `gathered`, if there is one,
+    brings the block's parameters to every device, anew in each pass.
     """
 
     forward: Callable[..., jax.Array]

@@ -149,26 +149,28 @@ class UNet2DConditionModel(nnx.Module):
     def set_remat(self, remat: Remat) -> None:
         """What is computed again in the backward pass instead of kept: less memory, more work.
 
-        Norms, activations and scores ("elementwise"), which is little work; with "gathers" blocks also gather weights
-        again, and with one of the others all that is inside of residual blocks, of transformers, or of both is
-        computed again besides.
+        "elementwise" is norms, activations and scores, which is little work; with "gathers" blocks also gather their
+        weights again. The others do both, and compute again all that is inside of residual blocks ("resnets"), of
+        transformers ("attentions"), or of both ("blocks").
         """
         kinds = {"resnets": (ResnetBlock2D,), "attentions": (Transformer2DModel,)}
         kinds["blocks"] = kinds["resnets"] + kinds["attentions"]
-        simple: dict[Remat, Recompute] = {"none": "nothing", "elementwise": "elementwise"}
-        others = simple.get(remat, "gathers")
+        lighter: dict[Remat, Recompute] = {"none": "nothing", "elementwise": "elementwise"}
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Block):
-                module.recompute = "everything" if isinstance(module, kinds.get(remat, ())) else others
+                named = isinstance(module, kinds.get(remat, ()))
+                module.recompute = "everything" if named else lighter.get(remat, "gathers")
 
     def gather(self, gathered: Callable[[nnx.State], nnx.State]) -> "UNet2DConditionModel":
-        """With `gathered(parameters)` for its parameters; blocks that gather them again do so when they compute."""
+        """The network with `gathered(parameters)`; blocks that gather again keep theirs and do it when they compute."""
         blocks = {path: module for path, module in nnx.iter_modules(self) if isinstance(module, Block)}
-        again = {path: block for path, block in blocks.items() if block.recompute in ("gathers", "everything")}
-        for block in again.values():
-            block.gathered = gathered
+        again = [path for path, block in blocks.items() if block.recompute in ("gathers", "everything")]
         structure, later, once = nnx.split(self, lambda path, _: any(path[: len(at)] == at for at in again), ...)
-        return nnx.merge(structure, later, gathered(once))
+        network = nnx.merge(structure, later, gathered(once))
+        for path, module in nnx.iter_modules(network):
+            if path in again:
+                module.gathered = gathered
+        return network
 
 
 def sinusoids(time_B: jax.Array, config: UNetConfig) -> jax.Array:
