@@ -168,7 +168,7 @@ class UNet2DConditionModel(nnx.Module):
         structure, later, once = nnx.split(self, lambda path, _: any(path[: len(at)] == at for at in again), ...)
         network = nnx.merge(structure, later, gathered(once))
         for path, module in nnx.iter_modules(network):
-            if path in again:
+            if isinstance(module, Block) and path in again:
                 module.gathered = gathered
         return network
 
