@@ -44,8 +44,11 @@ def make_program(
     compute = make_latents(model, how, direction, guided)
 
     @split_over(mesh)
-    def program(unet_state, vae_state, *rest):
-        latents = compute(unet_state, vae_state, *rest)
+    def program(unet_state, vae_state, text_state, adapters, *rest):
+        params = (unet_state, vae_state, text_state, adapters)
+        if mesh is not None:  # once, and not in every step of the sampler
+            params = sharding.gathered(mesh, params)
+        latents, vae_state = compute(*params, *rest), params[1]
         if direction in ("invert", "bits"):
             return latents
 
@@ -79,7 +82,7 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
         unet_state, vae_state, text_state, adapters, ids_BxL, negative_BxL, start, keys, pictures, grid, guidance
     ):
         unet, encode_text = nnx.merge(model.unet, unet_state), nnx.merge(model.text_encoder, text_state)
-        text_BxLxD = encode_text(jnp.concatenate([negative_BxL, ids_BxL]) if guided else ids_BxL)
+        text_BxLxD = encode_text(_pairs(negative_BxL, ids_BxL) if guided else ids_BxL)
 
         def encode(images: jax.Array) -> jax.Array:
             pixels = images.astype(jnp.float32) / 127.5 - 1
@@ -93,8 +96,9 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
             x = model.task.network_input(dm_x, picture)
             if not guided:
                 return unet(x, tau_B, text_BxLxD)
-            both = unet(jnp.concatenate([x, x]), jnp.concatenate([tau_B, tau_B]), text_BxLxD)
-            return sampling.guided(*jnp.split(both, 2), scale=guidance[0], rescale=guidance[1])
+            both = unet(_pairs(x, x), _pairs(tau_B, tau_B), text_BxLxD)
+            both = both.reshape(-1, 2, *both.shape[1:])
+            return sampling.guided(both[:, 0], both[:, 1], scale=guidance[0], rescale=guidance[1])
 
         if direction == "bits":
             keys_B = jax.random.wrap_key_data(keys)
@@ -122,3 +126,8 @@ def make_latents(model: Model, how: Sampler, direction: Direction, guided: bool)
         )
 
     return latents
+
+
+def _pairs(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[2B, ...], rows in turn: those of a device stay there, which one after the other would not."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])

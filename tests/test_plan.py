@@ -20,7 +20,21 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import quickstart
-from d2f_jax import InputError, blueprint, chips, datasets, forecast, optim, oracle, plan, prior, settings, sharding
+from d2f_jax import (
+    InputError,
+    blueprint,
+    chips,
+    datasets,
+    forecast,
+    hlo,
+    optim,
+    oracle,
+    plan,
+    prior,
+    settings,
+    sharding,
+    traffic,
+)
 from d2f_jax import pipeline as pipelines
 from d2f_jax import step as steps
 from d2f_jax.forecast import Plan
@@ -103,6 +117,16 @@ def test_the_sampler_that_is_planned_is_the_one_that_samples(
         pipeline.depth(np.zeros((3, 16, 16, 3), np.uint8), ensemble=2)
     assert blueprint.rows_drawn(made, MESH) == 8
     assert [blueprint.lower_sampler(made, blueprint.load(made), MESH, 4).as_text()] == lowered
+
+
+def test_the_steps_of_a_sampler_send_nothing(model: Path) -> None:
+    """Parameters come from other devices once, and guidance leaves pictures where they are."""
+    made = config(model, **{"eval.batch_size": 16, "eval.guidance_scale": 3.0})
+    compiled = blueprint.lower_sampler(made, blueprint.load(made), MESH, 4).compile()
+    program = hlo.parse(compiled.as_text() or "")
+    once, often = (traffic.work(program, unknown_trips=trips) for trips in (1, 9))
+    assert once.unknown_loops == 1 and often.flops > 4 * once.flops
+    assert once.received == often.received and set(once.received) == {"all-gather"}
 
 
 def test_well_known_models_are_those_that_are_compared_with_pytorch() -> None:
