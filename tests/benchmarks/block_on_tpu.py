@@ -34,7 +34,7 @@ def main() -> None:
     where = oracle.topology(sys.argv[1])
     versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     mesh, rows = sharding.make_mesh(devices=list(where.devices)[:1]), []
-    kinds: list[Recompute] = [what for what in get_args(Recompute) if what != "gathers"]  # one chip has all weights
+    kinds: list[Recompute] = [what for what in get_args(Recompute) if what != "gathers"]  # nothing is gathered here
     for attention, recompute in [("xla", "nothing"), *(("splash", what) for what in kinds)]:
         compiled = oracle.compiled(lowered(mesh, attention, recompute), quick=True)
         memory: Any = compiled.memory_analysis()
