@@ -9,6 +9,8 @@ at 4 steps: the prior 466 and 38% by DDIM, 344 and 51% on the flow grid, finetun
 
 from ml_collections import ConfigDict
 
+from d2f_jax.errors import InputError
+
 # What LoRA adapts, where it is more or other than `config.lora` says below. The paper's two, with their parameters on
 # Stable Diffusion 2.1: lora_small 61.5M, lora_base 207.5M.
 _OFF = {"self_attention_rank": 0, "cross_attention_rank": 0, "attention_out": False}
@@ -25,7 +27,7 @@ LORA = {
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg` is one of LORA to train low-rank adapters, or nothing to train the whole UNet."""
     if arg and arg not in LORA:
-        raise ValueError(
+        raise InputError(
             f"configs/quickstart.py:{arg} is not known; write {', '.join(f':{a}' for a in LORA)} or nothing"
         )
     config = ConfigDict()

@@ -28,6 +28,7 @@ from typing import Any, get_args
 from ml_collections import ConfigDict
 
 from configs import quickstart
+from d2f_jax.errors import InputError
 from d2f_jax.objectives import Name
 
 OBJECTIVES = get_args(Name)
@@ -89,11 +90,11 @@ SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stabl
 def split(arg: str) -> tuple[str, str, str, str]:
     """Objective, model, preset of adapters, and source of OBJECTIVE[:sd15][:LORA][:SOURCE].
 
-    The model is Stable Diffusion 2.1 unless 1.5 is asked for; what else is left out is empty. Raises ValueError.
+    The model is Stable Diffusion 2.1 unless 1.5 is asked for; what else is left out is empty. Raises InputError.
     """
     name, _, rest = arg.partition(":")
     if name not in OBJECTIVES:
-        raise ValueError(f"objective {name!r} is not known; begin with one of {', '.join(OBJECTIVES)}")
+        raise InputError(f"objective {name!r} is not known; begin with one of {', '.join(OBJECTIVES)}")
     model, preset = SD21, ""
     first, _, after = rest.partition(":")
     if first == "sd15":
@@ -102,5 +103,5 @@ def split(arg: str) -> tuple[str, str, str, str]:
     if first in quickstart.LORA:
         preset, rest = first, after
     if model == SD15 and (not rest or rest.startswith("small:")):
-        raise ValueError("sd15 is for a run with a source, OBJECTIVE:sd15[:LORA]:SOURCE; the small one has tiny-sd")
+        raise InputError("sd15 is for a run with a source, OBJECTIVE:sd15[:LORA]:SOURCE; the small one has tiny-sd")
     return name, model, preset, rest
