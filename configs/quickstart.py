@@ -69,8 +69,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.min_snr_gamma = 0.0  # of the diffusion objective, commonly 5; 0 is off
 
     config.mesh = ConfigDict()  # the result does not depend on it
-    config.mesh.data = -1  # copies of what is frozen; -1 takes the devices that are left
-    config.mesh.fsdp = 1  # devices that share one copy of what is frozen; all share what is trained
+    # Copies of parameters and optimizer, and how many devices share a copy; -1 takes what is left. If both are -1,
+    # devices of one TPU slice, or of one host with GPUs, share: as many as divide their number and 64
+    config.mesh.data = -1
+    config.mesh.fsdp = -1
 
     config.data = ConfigDict()
     # What to train on, one or several: "shapes_world", "image_folder:FOLDER", "webdataset:{000..127}.tar",

@@ -136,11 +136,7 @@ def train_step(
     state = jax.eval_shape(started, trained, root_key=_key())
     options = dataclasses.replace(prior.step_options(config, pipeline), accumulate=accumulate)
     step = steps.make_train_step(prior.networks(pipeline, remat), pipeline.schedule, optimizer, options, mesh)
-    return step, (
-        _placed(state, sharding.shared(mesh, state)),
-        _kept(mesh, frozen),
-        _split(mesh, train_batch(config, drawn)),
-    )
+    return step, (_kept(mesh, state), _kept(mesh, frozen), _split(mesh, train_batch(config, drawn)))
 
 
 def parameters(config: Config, drawn: Blueprint) -> tuple[steps.Frozen, Any]:

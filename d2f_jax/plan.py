@@ -81,8 +81,8 @@ def search(config: Config, kind: Kind, where: Topology, quick: bool = False) -> 
         found += largest(make, start)
     if not found:
         raise InputError(
-            f"not one image a device fits {where.name}; take larger chips, or more of them, or spread what is frozen "
-            "by a larger config.mesh.fsdp"
+            f"not one image a device fits {where.name}; take larger chips, or more of them, or have more of them share "
+            "a copy of the parameters (config.mesh.fsdp)"
         )
     return sorted(found, key=lambda plan: plan.seconds["estimated"] / plan.batch_size)
 

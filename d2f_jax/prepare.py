@@ -234,12 +234,11 @@ def make_encoder(pipeline: Pipeline, batch_size: int, compute_dtype: str, *, mir
         leaf.delete()
     frozen = steps.Frozen(None, nnx.state(pipeline.vae), nnx.state(pipeline.text_encoder))
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
-    whole = functools.partial(in_compute_dtype, dtype=compute_dtype)
 
     @jax.jit
     @split_over(mesh)
     def network(frozen: steps.Frozen, batch: steps.Batch) -> dict[str, jax.Array]:
-        found = steps.encoded(networks, frozen, batch, whole)
+        found = steps.encoded(networks, in_compute_dtype(frozen, compute_dtype), batch)
         arrays = {"latent_mean": found.mean, "latent_std": found.std, "text_states": found.text_states}
         if found.picture is None or found.valid is None:
             return arrays

@@ -125,9 +125,9 @@ def place(
     average: bool = True,
 ) -> tuple[steps.TrainState, steps.Frozen]:
     """The first state, and what stays, each device with its part of them."""
-    trained, frozen = sharding.put((trained, frozen), (sharding.shared(mesh, trained), sharding.kept(mesh, frozen)))
+    trained, frozen = sharding.put((trained, frozen), sharding.kept(mesh, (trained, frozen)))
     init = functools.partial(steps.init_state, optimizer=optimizer, average=average)
-    shardings = sharding.shared(mesh, jax.eval_shape(init, trained, root_key=root_key))
+    shardings = sharding.kept(mesh, jax.eval_shape(init, trained, root_key=root_key))
     return jax.jit(init, out_shardings=shardings)(trained, root_key=root_key), frozen
 
 

@@ -60,7 +60,7 @@ def _too_large(error: Exception) -> InputError:
     said = " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED:").split())
     return InputError(
         f"a device has not enough memory ({said[:160]}); of a step, raise config.train.accumulate, set "
-        "config.remat=elementwise or gathers, spread what is frozen by config.mesh.fsdp, or lower "
+        "config.remat=elementwise or gathers, share a copy between more devices by config.mesh.fsdp, or lower "
         "config.train.batch_size; of drawing and preparing, lower config.eval.batch_size or --batch_size"
     )
 

@@ -1,10 +1,12 @@
 """Where arrays live: a mesh of two axes, one rule for everything that is kept, one for what passes through.
 
-Batches are split over both axes, and so is what a step changes: parameters that are trained, their gradient, their
-average and the optimizer's state. What is frozen is split over `fsdp` and whole along `data`. A step gathers parameters
-as it needs them, in the type in which it computes, and every device updates its share of them.
+Batches are split over both axes. What is kept, trained or frozen, is split over `fsdp` and whole along `data`:
+parameters, their gradient, their average and the optimizer's state. A step gathers parameters as it needs them, in the
+type in which it computes, and every device updates its share of them.
 """
 
+import collections
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,27 +20,31 @@ from jax.sharding import PartitionSpec as P
 from d2f_jax.errors import InputError
 
 Tree = TypeVar("Tree")
+_MOST = 64  # devices that share one copy by default: all of Stable Diffusion's widths are multiples of 64
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Axes `data` and `fsdp` over `devices` (all there are); one of the sizes may be -1, which takes what is left.
+def make_mesh(data: int = -1, fsdp: int = -1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Axes `data` and `fsdp` over `devices` (all there are); -1 takes what the other leaves.
 
-    Neighbours in `fsdp`, which exchange most, are neighbours in the chips' network. With several slices, `data` alone
-    spans them. Raises InputError for sizes that the devices, or their network, do not have.
+    If both are -1, `fsdp` takes the greatest divisor that a slice has in common with 64. Neighbours in `fsdp`, which
+    exchange most, are neighbours in the chips' network; it reaches over slices only where it does not divide one of
+    them. What JAX calls a slice is for GPUs a host. Raises InputError for sizes that the devices, or their network, do
+    not have.
     """
     devices = jax.devices() if devices is None else list(devices)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    size = len(devices) // len(slices)
+    if set(slices.values()) != {size}:
+        told = ", ".join(str(slices[index]) for index in sorted(slices))
+        raise InputError(f"the slices, or hosts, have different numbers of devices: {told}; take as many of each")
+    if data == fsdp == -1:
+        fsdp = math.gcd(size, _MOST)
     data, fsdp = _filled(data, fsdp, len(devices))
-    if data % slices:
-        raise InputError(
-            f"config.mesh.fsdp={fsdp} reaches over {slices} slices of {len(devices) // slices} devices; "
-            f"use a divisor of {len(devices) // slices}"
-        )
+    within = math.gcd(size, fsdp)
     try:
-        if slices > 1:
-            array = mesh_utils.create_hybrid_device_mesh(
-                (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
-            )
+        if len(slices) > 1:
+            inner, outer = (size // within, within), (data * within // size, fsdp // within)
+            array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
         else:
             array = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as error:
@@ -58,66 +64,46 @@ def batch_split(mesh: Mesh) -> NamedSharding:
 
 
 def kept(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for every array that is frozen: its longest axis that `fsdp` divides (the last of equals) is split."""
+    """A sharding for every array: its first axis that `fsdp` divides is split.
+
+    What has but one axis is whole: biases and norms, 0.05% of Stable Diffusion, which would be hundreds of messages,
+    and what adafactor keeps of linear layers.
+    """
     return jax.tree.map(lambda x: NamedSharding(mesh, _spec(np.shape(x), mesh.shape["fsdp"])), tree)
 
 
-def shared(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for every array that a step changes: as `kept`, and by its first axis that `data` divides over that.
-
-    What has but one axis stays as `kept`: biases and norms, 0.05% of Stable Diffusion, which would be hundreds of
-    messages.
-    """
-    data = mesh.shape["data"]
-
-    def place(x: Any) -> NamedSharding:
-        where = kept(mesh, x)
-        lengths = where.shard_shape(np.shape(x)) if data > 1 and np.ndim(x) > 1 else ()
-        axis = next((axis for axis, length in enumerate(lengths) if length and length % data == 0), None)
-        if axis is None:
-            return where
-        names = [*where.spec, *(None,) * (axis + 1 - len(where.spec))]
-        names[axis] = "data" if names[axis] is None else (names[axis], "data")
-        return NamedSharding(mesh, P(*names))
-
-    return jax.tree.map(place, tree)
-
-
 def unsplit(mesh: Mesh, tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path and shape of the arrays that no axis can be split of, and which every device therefore keeps whole.
-
-    Single numbers are not listed.
-    """
+    """Path and shape of the arrays of several axes, none of which can be split: every device keeps them whole."""
     size = mesh.shape["fsdp"]
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    whole = {_name(path): np.shape(x) for path, x in leaves if np.size(x) > 1 and _spec(np.shape(x), size) == P()}
+    whole = {_name(path): np.shape(x) for path, x in leaves if np.ndim(x) > 1 and _spec(np.shape(x), size) == P()}
     return whole if size > 1 else {}
 
 
 def gathered(mesh: Mesh, params: Tree) -> Tree:
-    """Under jit: parameters whole on every device. Their gradient comes back as a sum, each device's `share` of it."""
+    """Under jit: parameters whole on every device. Their gradient comes back as a sum, each device's share of it."""
 
     @jax.custom_vjp
     def whole(params: Tree) -> Tree:
         return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
     def backward(_: None, grads: Tree) -> tuple[Tree]:
-        return (share(mesh, grads),)
+        return (split(mesh, grads),)
 
     whole.defvjp(lambda params: (whole(params), None), backward)
     return whole(params)
 
 
-def share(mesh: Mesh, tree: Tree) -> Tree:
-    """Under jit: every array split as `shared` has it."""
-    return jax.lax.with_sharding_constraint(tree, shared(mesh, tree))
+def split(mesh: Mesh, tree: Tree) -> Tree:
+    """Under jit: every array as `kept` has it."""
+    return jax.lax.with_sharding_constraint(tree, kept(mesh, tree))
 
 
 def each_share(mesh: Mesh, function: Callable[[Tree], Tree], tree: Tree) -> Tree:
-    """Under jit: `function` of what each device holds of arrays split as `shared` has it."""
+    """Under jit: `function` of what each device holds of arrays that are as `kept` has them."""
     if mesh.size == 1:
         return function(tree)
-    specs = jax.tree.map(lambda where: where.spec, shared(mesh, tree))
+    specs = jax.tree.map(lambda where: where.spec, kept(mesh, tree))
     return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)(tree)
 
 
@@ -207,11 +193,9 @@ def _filled(data: int, fsdp: int, count: int) -> tuple[int, int]:
 
 
 def _spec(shape: tuple[int, ...], size: int) -> P:
-    splittable = [axis for axis, length in enumerate(shape) if length >= size and length % size == 0]
-    if size == 1 or not splittable:
-        return P()
-    chosen = max(splittable, key=lambda axis: (shape[axis], axis))
-    return P(*(None,) * chosen, "fsdp")
+    lengths = shape if size > 1 and len(shape) > 1 else ()
+    axis = next((axis for axis, length in enumerate(lengths) if length and length % size == 0), None)
+    return P() if axis is None else P(*(None,) * axis, "fsdp")
 
 
 def _name(path: tuple[Any, ...]) -> str:

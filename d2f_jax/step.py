@@ -1,6 +1,7 @@
 """The train step: pure, jitted, donated. Everything it needs is an argument; everything it changes is its result."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -128,23 +129,32 @@ def unet_params(trained: Any, base: nnx.State | None, lora_scale: float) -> UNet
     return UNetParams(lora.merge(base, plain, scale=lora_scale), conditional)
 
 
+def whole(mesh: Mesh, options: StepOptions, params: Tree) -> Tree:
+    """Under jit: parameters whole on every device, in the type in which a step computes."""
+    return sharding.gathered(mesh, in_compute_dtype(params, options.compute_dtype))
+
+
+def ready(mesh: Mesh, options: StepOptions, frozen: Frozen) -> Frozen:
+    """Under jit: with encoders that are `whole`, once for all parts of a batch, beside which they stay in memory."""
+    vae, text_encoder = whole(mesh, options, (frozen.vae, frozen.text_encoder))
+    return Frozen(frozen.unet, vae, text_encoder)
+
+
 def make_loss(
     networks: Networks, schedule: NoiseSchedule, options: StepOptions, mesh: Mesh
-) -> Callable[[UNetParams, Frozen, Batch, Draws], jax.Array]:
-    """`loss(unet_params, frozen, batch, draws) -> [B]`, with parameters gathered inside: gradients come back split."""
+) -> Callable[[UNetParams, "Encoded", Draws], jax.Array]:
+    """`loss(unet_params, encoded, draws) -> [B]`, with parameters gathered inside: gradients come back split."""
 
-    def whole(params: Tree) -> Tree:
-        return sharding.gathered(mesh, in_compute_dtype(params, options.compute_dtype))
+    gather = functools.partial(whole, mesh, options)
 
     @split_over(mesh)
-    def loss(params: UNetParams, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
-        unet = nnx.merge(networks.unet, params.merged).gather(whole)
-        found = encoded(networks, frozen, batch, whole)
+    def loss(params: UNetParams, found: Encoded, draws: Draws) -> jax.Array:
+        unet = nnx.merge(networks.unet, params.merged).gather(gather)
         spread = found.std * draws.posterior_noise if options.latents == "sample" else 0
         x_1 = (found.mean + spread) * options.latent_scale
         picture = None if found.picture is None else found.picture * options.latent_scale
         x_0 = options.task.source(draws.x_0, picture)
-        lora.attach(unet, whole(params.adapters), scale=1.0, condition=picture)
+        lora.attach(unet, gather(params.adapters), scale=1.0, condition=picture)
 
         def predict(dm_x: jax.Array, tau_B: jax.Array) -> jax.Array:
             return unet(options.task.network_input(dm_x, picture), tau_B, found.text_states)
@@ -171,11 +181,13 @@ def make_train_step(
     first = objectives.first_time(objective, schedule)
 
     def summed_loss(trained: Any, frozen: Frozen, batch: Batch, draws: Draws) -> jax.Array:
-        loss_B = loss(unet_params(trained, frozen.unet, options.lora_scale), frozen, batch, draws)
+        params, found = unet_params(trained, frozen.unet, options.lora_scale), encoded(networks, frozen, batch)
+        loss_B = loss(params, found, draws)
         return jnp.sum(loss_B * batch["weight"])
 
+    @split_over(mesh)
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        examples = jnp.sum(batch["weight"])
+        examples, frozen = jnp.sum(batch["weight"]), ready(mesh, options, frozen)
         key = jax.random.fold_in(state.root_key, state.step)
         draws = sharding.split_rows(mesh, draw(key, objective.times, networks, frozen, batch, first))
         batch = batch | {"weight": batch["weight"] / jnp.maximum(examples, 1)}
@@ -183,7 +195,7 @@ def make_train_step(
             lambda *part: jax.value_and_grad(summed_loss)(state.trained, frozen, *part),
             sharding.parts(mesh, (batch, draws), options.accumulate),
         )
-        grads = as_kept(mesh, sharding.share(mesh, grads))
+        grads = as_kept(mesh, sharding.split(mesh, grads))
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -206,13 +218,13 @@ def make_train_step(
             bad_examples=state.bad_examples + len(batch["weight"]) - examples.astype(jnp.int32),
         )
         counters = {name: getattr(state, name) for name in ("skipped_steps", "bad_streak", "bad_examples")}
-        return sharding.share(mesh, state), {"loss": mean_loss, "grad_norm": grad_norm, **counters}
+        return sharding.split(mesh, state), {"loss": mean_loss, "grad_norm": grad_norm, **counters}
 
     return jax.jit(step, donate_argnums=0)
 
 
 def as_kept(mesh: Mesh, grads: Tree) -> Tree:
-    """Gradients, split as `sharding.shared` has them, in the order in which parameters are in memory.
+    """Gradients, split as `sharding.kept` has them, in the order in which parameters are in memory.
 
     Those that cuDNN makes of convolutions are in its own, which XLA would take for the optimizer and the average too,
     and turn parameters, moments and average there and back.
@@ -243,15 +255,15 @@ class Encoded(NamedTuple):
     valid: jax.Array | None = None
 
 
-def encoded(networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[nnx.State], nnx.State]) -> Encoded:
+def encoded(networks: Networks, frozen: Frozen, batch: Batch) -> Encoded:
     """What the loss is of: computed from pictures or captions, or taken from a batch that brings it.
 
-    `whole` gathers parameters. A depth map is encoded as a grey picture, and its latent is the mean.
+    On a mesh `frozen` is `ready`. A depth map is encoded as a grey picture, and its latent is the mean.
     """
     if "text_states" in batch:
         text_BxLxD = batch["text_states"].astype(jnp.float32)
     else:
-        text_BxLxD = nnx.merge(networks.text_encoder, whole(frozen.text_encoder))(batch["input_ids"])
+        text_BxLxD = nnx.merge(networks.text_encoder, frozen.text_encoder)(batch["input_ids"])
     if "latent_mean" in batch:
         mean = batch["latent_mean"].astype(jnp.float32)
         std = batch["latent_std"].astype(jnp.float32) if "latent_std" in batch else jnp.zeros_like(mean)
@@ -259,7 +271,7 @@ def encoded(networks: Networks, frozen: Frozen, batch: Batch, whole: Callable[[n
             return Encoded(mean, std, text_BxLxD)
         return Encoded(mean, std, text_BxLxD, batch["picture_mean"].astype(jnp.float32), batch["valid"][..., None])
     image = batch["image"].astype(jnp.float32) / 127.5 - 1
-    vae = nnx.merge(networks.vae, whole(frozen.vae))
+    vae = nnx.merge(networks.vae, frozen.vae)
     latent = vae.encode(image)
     if "depth" not in batch:
         return Encoded(latent.mean, latent.std, text_BxLxD)
@@ -287,7 +299,7 @@ def draw(
 
 
 def latent_shape(networks: Networks, frozen: Frozen, batch: Batch) -> tuple[int, ...]:
-    return jax.eval_shape(lambda f, b: encoded(networks, f, b, lambda params: params).mean, frozen, batch).shape
+    return jax.eval_shape(lambda f, b: encoded(networks, f, b).mean, frozen, batch).shape
 
 
 def accumulated(compute: Callable[..., Tree], parts: Any) -> Tree:

@@ -140,9 +140,13 @@ def make_insight(
     sampler, shown = dataclasses.replace(pipeline, mesh=mesh), data.examples(config.eval.grid_images, usable)
     judge = None
     if data.validation:
+
+        def encode(frozen: steps.Frozen, batch: steps.Batch) -> steps.Encoded:
+            return steps.encoded(networks, steps.ready(mesh, options, frozen), batch)
+
         loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
         first = objectives.first_time(options.objective, pipeline.schedule)
-        program = validation.make_validation_loss(loss, networks, mesh, config.eval.seed, first)
+        program = validation.make_validation_loss(loss, encode, mesh, config.eval.seed, first)
         held_out = data.validation_batches(config, mesh, config.eval.num_loss_examples)
         judge = functools.partial(validation.evaluate, program, frozen=frozen, batches=held_out)
     return Insight(

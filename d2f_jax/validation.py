@@ -9,14 +9,15 @@ from jax.sharding import Mesh
 
 from d2f_jax import sharding
 from d2f_jax import step as steps
+from d2f_jax.models.devices import split_over
 
 BINS = 8
 ValidationLoss = Callable[[steps.UNetParams, steps.Frozen, steps.Batch, np.ndarray], jax.Array]
 
 
 def make_validation_loss(
-    loss: Callable[[steps.UNetParams, steps.Frozen, steps.Batch, steps.Draws], jax.Array],
-    networks: steps.Networks,
+    loss: Callable[[steps.UNetParams, steps.Encoded, steps.Draws], jax.Array],
+    encode: Callable[[steps.Frozen, steps.Batch], steps.Encoded],
     mesh: Mesh,
     seed: int,
     first: float = 0.0,
@@ -24,14 +25,16 @@ def make_validation_loss(
     """`validation_loss(unet_params, frozen, batch, index_B) -> [2, 8]`: sums of loss x weight, and of weights, by bin.
 
     Every example is looked at once in each bin, [0, 1/8) to [7/8, 1) of flow time, or of what is trained of it, from
-    `first` on. Its noise and its place in the bin
-    depend on the seed and its `index` alone: two evaluations differ by the network, never by chance.
+    `first` on. Its noise and its place in the bin depend on the seed and its `index` alone: two evaluations differ by
+    the network, never by chance. `encode(frozen, batch)` is `step.encoded`, and gathers its parameters itself.
     """
 
+    @split_over(mesh)
     def validation_loss(
         params: steps.UNetParams, frozen: steps.Frozen, batch: steps.Batch, index_B: np.ndarray
     ) -> jax.Array:
-        shape = steps.latent_shape(networks, frozen, batch)[1:]
+        found = encode(frozen, batch)
+        shape = found.mean.shape[1:]
 
         def of_bin(i: jax.Array) -> jax.Array:
             def drawn(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -44,7 +47,7 @@ def make_validation_loss(
             x_0, t_B, path_noise = sharding.split_rows(mesh, jax.vmap(drawn)(jnp.asarray(index_B)))
             # The posterior's mean, without its noise; pairs of data and noise keep their own noise.
             draws = steps.Draws(jnp.zeros_like(x_0), batch.get("noise", x_0), t_B, path_noise)
-            loss_B = loss(params, frozen, batch, draws)
+            loss_B = loss(params, found, draws)
             return jnp.stack([jnp.sum(jnp.where(batch["weight"] > 0, loss_B, 0)), jnp.sum(batch["weight"])])
 
         return jax.lax.map(of_bin, jnp.arange(BINS)).T

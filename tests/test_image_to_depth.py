@@ -156,7 +156,7 @@ def test_the_loss_does_not_look_where_nothing_is_known(model: Path) -> None:
         batch = {"picture_mean": twins.random(2, 8, 8, 4), "valid": jnp.asarray(valid)}
         batch |= {"input_ids": np.zeros((2, 2), np.int32), "latent_mean": mean}
         blind = steps.UNetParams(jax.tree.map(jnp.zeros_like, unet), {})  # or it would see known depth beside unknown
-        return jnp.sum(mean_loss(blind, frozen, batch, draws))
+        return jnp.sum(mean_loss(blind, steps.encoded(networks, frozen, batch), draws))
 
     valid = np.ones((2, 8, 8), bool)
     valid[:, :3] = False

@@ -114,8 +114,8 @@ def parameters(workdir: Path, like: TrainState) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("processes", "devices", "fsdp"),
-    [(1, 8, 1), (1, 8, 8), (1, 8, 4), (2, 4, 1), (4, 2, 4)],
-    ids=["data", "fsdp", "both", "two processes", "four processes that share the state"],
+    [(1, 8, 1), (1, 8, 8), (1, 8, 4), (2, 4, 4), (4, 2, 4)],
+    ids=["data", "fsdp", "both", "two processes with a copy each", "four processes, of which two share one"],
 )
 def test_numbers_do_not_depend_on_the_mesh(
     folder: Path, like: TrainState, one: tuple[Any, Any], processes: int, devices: int, fsdp: int

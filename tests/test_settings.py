@@ -266,7 +266,7 @@ def test_the_parts_of_a_batch_divide_it() -> None:
         settings.check(changed(**{"train.accumulate": 3}), MESH)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(-1, 3), (3, -1), (8, 2), (0, -1), (-1, -1), (1, 1)])
+@pytest.mark.parametrize(("data", "fsdp"), [(-1, 3), (3, -1), (8, 2), (0, -1), (1, 1)])
 def test_a_mesh_takes_all_devices(tmp_path: Path, data: int, fsdp: int) -> None:
     assert len(jax.devices()) == 8
     with pytest.raises(InputError, match=rf"mesh\.data={data}, config\.mesh\.fsdp={fsdp} make no mesh of 8 devices"):

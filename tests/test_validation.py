@@ -1,5 +1,6 @@
 """The held-out loss: every example once in each bin of time, with noise that nothing but its number decides."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2f_jax import sharding, validation
+from d2f_jax import flops, sharding, validation
 from d2f_jax import step as steps
 
 NONE: Any = None  # prepared batches need no networks
-NETWORKS, FROZEN = steps.Networks(NONE, NONE, NONE), steps.Frozen(NONE, NONE, NONE)
+FROZEN, ENCODE = steps.Frozen(NONE, NONE, NONE), functools.partial(steps.encoded, steps.Networks(NONE, NONE, NONE))
 COUNT = 13
 LATENTS = np.random.default_rng(0).normal(size=(COUNT, 2, 2, 3)).astype(np.float32)
 
@@ -34,26 +35,26 @@ def batches(size: int, **arrays: np.ndarray) -> list[tuple[steps.Batch, np.ndarr
 
 def judged(loss: Any, examples: Any, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> np.ndarray:
     """The mean of each bin."""
-    program = validation.make_validation_loss(loss, NETWORKS, mesh or mesh_of(1), seed)
+    program = validation.make_validation_loss(loss, ENCODE, mesh or mesh_of(1), seed)
     values = validation.evaluate(program, NONE, frozen=FROZEN, batches=examples)
     means = [values[f"validation_loss/t{i / 8:.3f}"] for i in range(8)]
     assert len(values) == 9 and values["validation_loss"] == pytest.approx(np.mean(means))
     return np.array(means)
 
 
-def of_noise(_params: Any, _frozen: Any, batch: steps.Batch, draws: steps.Draws) -> jax.Array:
+def of_noise(_params: Any, found: steps.Encoded, draws: steps.Draws) -> jax.Array:
     """Different for every latent, noise and time."""
-    return jnp.sum(batch["latent_mean"] * jnp.sin(draws.x_0), (1, 2, 3)) + draws.t_B
+    return jnp.sum(found.mean * jnp.sin(draws.x_0), (1, 2, 3)) + draws.t_B
 
 
-def of_time(_params: Any, _frozen: Any, _batch: steps.Batch, draws: steps.Draws) -> jax.Array:
+def of_time(_params: Any, _found: steps.Encoded, draws: steps.Draws) -> jax.Array:
     return draws.t_B
 
 
 def test_every_bin_has_its_own_eighth_of_time() -> None:
     assert np.array_equal(np.floor(8 * judged(of_time, batches(COUNT))), np.arange(8))
 
-    def in_the_second(_params: Any, _frozen: Any, _batch: steps.Batch, draws: steps.Draws) -> jax.Array:
+    def in_the_second(_params: Any, _found: steps.Encoded, draws: steps.Draws) -> jax.Array:
         return jnp.where((draws.t_B >= 1 / 8) & (draws.t_B < 2 / 8), 1.0, 0.0)
 
     assert judged(in_the_second, batches(COUNT)).tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
@@ -71,6 +72,19 @@ def test_neither_batches_nor_devices_matter(size: int, devices: int) -> None:
     np.testing.assert_allclose(judged(of_noise, batches(size), mesh=mesh_of(devices)), means, rtol=1e-5)
 
 
+def test_a_batch_is_encoded_once_for_all_bins() -> None:
+    def encode(frozen: steps.Frozen, batch: steps.Batch) -> steps.Encoded:
+        found = ENCODE(frozen, batch)
+        return found._replace(mean=found.mean @ jnp.eye(3))
+
+    def counted(encode: Any) -> int:
+        ((batch, index_B),) = batches(COUNT)
+        program = validation.make_validation_loss(of_noise, encode, mesh_of(1), 0)
+        return flops.count(program, NONE, FROZEN, batch, index_B)
+
+    assert counted(encode) - counted(ENCODE) == 2 * 3 * LATENTS.size
+
+
 def test_what_could_not_be_read_counts_for_nothing() -> None:
     weight = np.ones(COUNT, np.float32)
     weight[[2, 5]] = 0
@@ -79,13 +93,13 @@ def test_what_could_not_be_read_counts_for_nothing() -> None:
     kept = judged(of_noise, batches(COUNT, weight=weight))
     assert np.isfinite(means).all() and not np.isclose(kept, judged(of_noise, batches(COUNT))).any()
     np.testing.assert_allclose(means, kept, rtol=1e-5)
-    program = validation.make_validation_loss(of_noise, NETWORKS, mesh_of(1), 0)
+    program = validation.make_validation_loss(of_noise, ENCODE, mesh_of(1), 0)
     nothing = batches(4, weight=np.zeros(COUNT, np.float32))
     assert validation.evaluate(program, NONE, frozen=FROZEN, batches=nothing) == {}
 
 
 def test_noise_that_belongs_to_an_example_is_taken_and_the_posterior_has_none() -> None:
-    def distance(_params: Any, _frozen: Any, batch: steps.Batch, draws: steps.Draws) -> jax.Array:
-        return jnp.sum(jnp.abs(draws.x_0 - batch["noise"]) + jnp.abs(draws.posterior_noise), (1, 2, 3))
+    def distance(_params: Any, found: steps.Encoded, draws: steps.Draws) -> jax.Array:
+        return jnp.sum(jnp.abs(draws.x_0 - found.mean) + jnp.abs(draws.posterior_noise), (1, 2, 3))
 
-    assert not judged(distance, batches(4, noise=LATENTS)).any()
+    assert judged(distance, batches(4)).all() and not judged(distance, batches(4, noise=LATENTS)).any()

@@ -269,10 +269,11 @@ def ours(_name: str, folder: Path, case: Case) -> Contender:
 
         return train, memory, facts | {"flops": counted}
     loss = steps.make_loss(networks, pipeline.schedule, options, mesh)
+    found = steps.encoded(networks, frozen, batch)
     draws = steps.draw(key, options.objective.times, networks, frozen, batch, 0.0)
 
     def total(trained: Any) -> jax.Array:
-        return loss(steps.unet_params(trained, None, 1.0), frozen, batch, draws).mean()
+        return loss(steps.unet_params(trained, None, 1.0), found, draws).mean()
 
     jitted = jax.jit(jax.value_and_grad(total))
     gradient = jitted.lower(trained).compile()
