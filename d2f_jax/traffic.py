@@ -198,13 +198,16 @@ def _received(kind: str, collective: Instruction, of: Computation, devices: int)
 
 
 def _group(collective: Instruction, devices: int) -> int:
-    """How many devices exchange, from any of XLA's ways to write groups."""
+    """How many devices exchange, from any of XLA's ways to write groups. Raises ValueError for one unknown."""
     groups = collective.text.partition("replica_groups=")[2]
     if match := re.match(r"\{\{([\d,]+)\}", groups):
         return match[1].count(",") + 1
     if match := re.match(r"\[\d+,(\d+)\]<=", groups):
         return int(match[1])
-    if match := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", groups):
+    # A mesh that lies otherwise in the network is followed by the order of its devices.
+    if match := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", groups):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2]))
+    if groups and not groups.startswith("{}"):
+        raise ValueError(f"XLA writes groups of devices in a way unknown here: {groups[:100]}")
     return devices

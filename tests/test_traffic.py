@@ -142,6 +142,7 @@ ENTRY %main (a: f32[100], b: f32[50]) -> f32[] {{
         ("replica_groups=[4,2]<=[8]", "all-gather", 400),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", "all-gather", 3 * 400),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", "all-gather", 3 * 400),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", "all-gather", 400),
         ("replica_groups={}", "all-gather", 7 * 400),
         ("replica_groups={{0,1,2,3}}", "all-reduce", 2 * 300),
         ("replica_groups={{0,1,2,3}}", "reduce-scatter", 300),
