@@ -70,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.mesh = ConfigDict()  # the result does not depend on it
     # Copies of parameters and optimizer, and how many devices share a copy; -1 takes what is left. If both are -1,
-    # devices of one TPU slice, or of one host with GPUs, share: as many as divide their number and 64
+    # devices of one TPU slice, or of one host with GPUs, share: as many as divide their number and 16
     config.mesh.data = -1
     config.mesh.fsdp = -1
 

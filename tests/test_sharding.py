@@ -100,11 +100,11 @@ def test_a_mesh_of_some_devices() -> None:
     [
         (1, 4, (1, 4)),
         (1, 6, (3, 2)),
-        (1, 64, (1, 64)),
-        (1, 96, (3, 32)),
-        (1, 256, (4, 64)),
+        (1, 64, (4, 16)),
+        (1, 96, (6, 16)),
+        (1, 256, (16, 16)),
         (2, 4, (2, 4)),
-        (4, 128, (8, 64)),
+        (4, 128, (32, 16)),
         (8, 1, (8, 1)),
     ],
 )
@@ -191,11 +191,11 @@ def test_a_device_keeps_its_share_of_stable_diffusion(config: dict[str, Any], wi
         trained = jax.eval_shape(functools.partial(lora.init, key=jax.random.key(0), targets=ADAPTED), trained)
     init = functools.partial(steps.init_state, optimizer=OPTIMIZER, root_key=jax.random.key(0))
     state = jax.eval_shape(init, trained)
-    for chips in (8, 64, 256):
-        parts, mesh = parts_of_state(state), sharding.make_mesh(devices=[Chip(i, 0) for i in range(chips)])
+    for chips in (8, 16, 64):
+        parts, mesh = parts_of_state(state), sharding.make_mesh(1, chips, [Chip(i, 0) for i in range(chips)])
         placed = list(zip(*map(jax.tree.leaves, (parts, sharding.kept(mesh, parts))), strict=True))
         share = sum(bytes_of(x, where.shard_shape(x.shape)) for x, where in placed)
-        assert 1 <= min(chips, 64) * share / sum(bytes_of(x, x.shape) for x, _ in placed) < 1.15
+        assert 1 <= chips * share / sum(bytes_of(x, x.shape) for x, _ in placed) < 1.15
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
