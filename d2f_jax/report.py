@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tensorboardX import SummaryWriter
 
 from d2f_jax.errors import InputError
 
@@ -27,6 +26,8 @@ class MetricsWriter:
         self._sinks: list[Any] = []
         if not main:
             return
+        from tensorboardX import SummaryWriter  # imports PyTorch, if that is there: seconds for every program
+
         self._lines, self._told = _reopened(workdir / "metrics.jsonl", step)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
         self._sinks = [self._lines, self._events]

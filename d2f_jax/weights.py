@@ -22,7 +22,6 @@ from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from jax.typing import DTypeLike
-from transformers import CLIPConfig as ClipFiles
 from transformers import CLIPTokenizer
 
 from d2f_jax.errors import InputError
@@ -128,6 +127,8 @@ def load_clip(
     param_dtype: DTypeLike = jnp.float32,
 ) -> CLIPModel:
     """Both towers of CLIP, from a folder or hub id as transformers' `CLIPModel` has it; otherwise as `load_unet`."""
+    from transformers import CLIPConfig as ClipFiles  # imports PyTorch, if that is there
+
     folder = component_folder(path_or_hub_id, "", revision=revision)
     read = _read_json(folder / "config.json")
     if read.get("model_type") != "clip":
