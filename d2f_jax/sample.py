@@ -127,7 +127,7 @@ def main() -> None:
         write(out, depth[0] if as_numbers else shown(depth)[0])
         return
     images = []
-    with tqdm(total=len(prompts), desc="sampling", unit="image", delay=1) as bar:  # an error is told without a bar
+    with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:
         for i in range(0, len(prompts), _BATCH.value):
             chunk = prompts[i : i + _BATCH.value]
             images.append(
