@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from d2f_jax.errors import InputError
 
 Tree = TypeVar("Tree")
-# Devices that share one copy by default. A 64th of most axes is no whole tiles of a TPU, and XLA then sums all of a
-# gradient on every device: of Stable Diffusion 2.1 on v5e:16x16 that is 4.8 GB to each in a step, and 3.8 with 16.
+# Devices that share one copy by default. With 64, which leave most axes no whole tiles of a TPU, its compiler sums much
+# of the gradient on every device: of Stable Diffusion 2.1 on v5e:16x16 each receives 4.8 GB a step, and 3.8 with 16.
 _MOST = 16
 
 
