@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from transformers import CLIPTokenizer
 
 from d2f_jax import ensemble as ensembles
 from d2f_jax import export, lora, lora_files, sharding, task, weights
@@ -23,6 +22,9 @@ from d2f_jax.resizing import resized, working_size
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.schedule import NoiseSchedule
 from d2f_jax.task import TEXT_TO_IMAGE, Task
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 STEPS = 2**31
 
@@ -38,7 +40,7 @@ class Pipeline:
     unet: UNet2DConditionModel
     vae: weights.Autoencoder
     text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizer: "CLIPTokenizer"
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
     alignment: Alignment = ALIGNED

@@ -84,7 +84,7 @@ class Sampler:
     @property
     def is_adaptive(self) -> bool:
         """Whether it takes as many steps as it needs, whatever number of them is asked for."""
-        return self.name in sampling.ADAPTIVE
+        return self.name in get_args(Adaptive)
 
     @property
     def is_sde(self) -> bool:
@@ -170,7 +170,9 @@ class Sampler:
         x = sampling.from_noise(noise, grid[0])
         match self.name:
             case "dopri5" | "dopri8" | "bosh3" | "adaptive_heun":
-                return sampling.solve_adaptive(field, x, grid[0], grid[-1], self.name, rtol=self.rtol, atol=self.atol)
+                from d2f_jax import adaptive
+
+                return adaptive.solve(field, x, grid[0], grid[-1], self.name, rtol=self.rtol, atol=self.atol)
             case "sde_euler" | "sde_heun":
                 solver = "euler" if self.name == "sde_euler" else "heun"
                 return sde.solve(self.sde, field, x, grid, keys_B, solver, how.flow_path)
@@ -217,7 +219,9 @@ class Sampler:
             case "euler" | "heun" | "midpoint" | "rk4":
                 x = sampling.solve(field, data, sampling.reversed_grid(grid), self.name)
             case "dopri5" | "dopri8" | "bosh3" | "adaptive_heun":
-                x = sampling.solve_adaptive(field, data, grid[-1], grid[0], self.name, rtol=self.rtol, atol=self.atol)
+                from d2f_jax import adaptive
+
+                x = adaptive.solve(field, data, grid[-1], grid[0], self.name, rtol=self.rtol, atol=self.atol)
             case name:
                 eta = f" with eta={self.eta}" if self.eta else ""
                 raise InputError(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from jax.typing import DTypeLike
-from transformers import CLIPTokenizer
 
 from d2f_jax.errors import InputError
 from d2f_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
@@ -30,6 +29,9 @@ from d2f_jax.models.layers import shapes_of
 from d2f_jax.models.taesd import AutoencoderTiny, TinyConfig
 from d2f_jax.models.unet import UNet2DConditionModel, UNetConfig
 from d2f_jax.models.vae import AutoencoderKL, VAEConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer  # an import takes a second and more
 
 TINY_SD = Path(__file__).parent / "assets" / "tiny-sd"
 """The embedded model, which the name "tiny-sd" stands for."""
@@ -144,8 +146,10 @@ def load_clip(
     )
 
 
-def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> CLIPTokenizer:
+def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> "CLIPTokenizer":
     """The pipeline's tokenizer."""
+    from transformers import CLIPTokenizer
+
     folder = component_folder(path_or_hub_id, "tokenizer", revision=revision)
     # transformers would make a tokenizer without a vocabulary, to which every text is the same.
     if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
@@ -163,7 +167,7 @@ class Tokenize:
     Padded to that length, or else to the longest of the texts.
     """
 
-    tokenizer: CLIPTokenizer
+    tokenizer: "CLIPTokenizer"
     padded: bool = True
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

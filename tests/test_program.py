@@ -48,12 +48,13 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_programs_begin_without_pytorch_or_tensorflow() -> None:
-    """Which are there as the tests run, and would take seconds of every start."""
+def test_programs_begin_without_what_takes_long_to_import() -> None:
+    """PyTorch and TensorFlow are there as the tests run; the others are imported where they are used."""
     modules = [file.stem for file in (ROOT / "d2f_jax").glob("*.py") if "program.run(main)" in file.read_text()]
     assert {"train", "sample", "evaluate", "plan", "prepare", "reflow", "convert"} <= set(modules)
     imports = f"import sys, {', '.join(f'd2f_jax.{name}' for name in modules)}"
-    told = [sys.executable, "-c", f"{imports}; print([x for x in ('torch', 'tensorflow') if x in sys.modules])"]
+    slow = ("torch", "tensorflow", "transformers", "diffrax")
+    told = [sys.executable, "-c", f"{imports}; print([x for x in {slow} if x in sys.modules])"]
     assert subprocess.run(told, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout == "[]\n"
 
 

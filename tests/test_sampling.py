@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.schedulers import scheduling_ddpm
 from schedules import SD, ZERO_SNR, config
 
-from d2f_jax import InputError, NoiseSchedule, alignment, flow, sampling, sde
+from d2f_jax import InputError, NoiseSchedule, adaptive, alignment, flow, sampling, sde
 from d2f_jax.alignment import ALIGNED, Alignment
 from d2f_jax.sampler import Sampler, SamplerName
 from d2f_jax.sde import SDE
@@ -228,21 +228,21 @@ def test_adaptive_steps_are_as_many_as_the_tolerance_asks(solver: sampling.Adapt
     assert -np.polyfit(np.log(tolerances), np.log(counts), 1)[0] == pytest.approx(1 / order, abs=0.05)
 
 
-@pytest.mark.parametrize("solver", sampling.ADAPTIVE)
+@pytest.mark.parametrize("solver", adaptive.SOLVERS)
 def test_adaptive_steps_meet_their_tolerance(solver: sampling.Adaptive) -> None:
     for ends in ((0.1, 1.0), (1.0, 0.1)):
-        x = sampling.solve_adaptive(swirl, jnp.asarray(NOISE), *ends, solver, rtol=1e-5, atol=1e-5)
+        x = adaptive.solve(swirl, jnp.asarray(NOISE), *ends, solver, rtol=1e-5, atol=1e-5)
         assert np.abs(x - exact_swirl(NOISE, *ends)).mean() < 1e-4
 
 
 def test_rounding_moves_no_step() -> None:
     """Here a tolerance that is a millionth larger, elsewhere a batch of another size."""
     ends = (jnp.asarray(NOISE), 0.1, 1.0, "dopri5")
-    one, other = (sampling.solve_adaptive(swirl, *ends, rtol=rtol, atol=0.0) for rtol in (1e-4, 1.000001e-4))
+    one, other = (adaptive.solve(swirl, *ends, rtol=rtol, atol=0.0) for rtol in (1e-4, 1.000001e-4))
     np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("solver", sampling.ADAPTIVE)
+@pytest.mark.parametrize("solver", adaptive.SOLVERS)
 def test_an_example_takes_steps_of_its_own(solver: sampling.Adaptive) -> None:
     """Beside one that turns slower, faster or not at all, and with one call of the network for all."""
     calls = []
@@ -253,7 +253,7 @@ def test_an_example_takes_steps_of_its_own(solver: sampling.Adaptive) -> None:
             jax.debug.callback(lambda t: calls.append(t), t)
             return (speed_B * t)[:, None] * jnp.stack([-x[:, 1], x[:, 0]], axis=-1)
 
-        return sampling.solve_adaptive(turning, x, 0.0, 1.0, solver, rtol=1e-2, atol=1e-2)
+        return adaptive.solve(turning, x, 0.0, 1.0, solver, rtol=1e-2, atol=1e-2)
 
     def told(*speeds: float) -> tuple[np.ndarray, int]:
         calls.clear()
@@ -383,7 +383,7 @@ def test_the_published_sampler_begins_at_zero(base: dict) -> None:
 @pytest.mark.parametrize("name", get_args(SamplerName))
 def test_samplers_walk_the_grid_that_they_are_asked_for(name: SamplerName) -> None:
     schedule = NoiseSchedule.from_config(config(SD, "epsilon"))
-    shift = 1.0 if name in ("ddim", *sampling.ADAPTIVE) else 3.0
+    shift = 1.0 if name in ("ddim", *adaptive.SOLVERS) else 3.0
     ours = Sampler(name, shift=shift).grid(schedule, ALIGNED, {"timestep_spacing": "trailing"}, 6)
     flow_grid = sampling.flow_grid(schedule, 6, shift=shift)
     match name:

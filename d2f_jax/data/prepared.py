@@ -5,17 +5,19 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from flax import nnx
-from transformers import CLIPTokenizer
 
 from d2f_jax import weights
 from d2f_jax.data import records
 from d2f_jax.data.sources import Example
 from d2f_jax.errors import InputError, SaveError
 from d2f_jax.models.clip import CLIPTextModel
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 Split = Literal["train", "validation"]
 Latents = Literal["mean", "mean_std"]
@@ -119,7 +121,7 @@ def check_model(
     manifest: Manifest,
     vae: weights.Autoencoder,
     text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
+    tokenizer: "CLIPTokenizer",
     *,
     image_shape: tuple[int, int],
 ) -> None:
@@ -155,7 +157,7 @@ def vae_fingerprint(vae: weights.Autoencoder) -> str:
     return _digest(kept, config)
 
 
-def text_fingerprint(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> str:
+def text_fingerprint(text_encoder: CLIPTextModel, tokenizer: "CLIPTokenizer") -> str:
     """The same of the text encoder and its tokenizer's vocabulary and length."""
     words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
     config = dataclasses.asdict(text_encoder.config) | {"vocabulary": words, "length": tokenizer.model_max_length}
