@@ -25,6 +25,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow",
         "safetensors>=0.8",
+        "scipy",
         "tensorboardX>=2.6.5",
         "tensorflow-datasets>=4.9.10",
         "tqdm",
