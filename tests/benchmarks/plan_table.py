@@ -24,19 +24,26 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 MODELS = {"2.1": "", "1.5": ":sd15"}
 TRAINED = {"lora_base": ":lora_base", "all": ""}
-IMAGES = 4  # on each chip
 CHIPS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v5e:16x16")
-Case = tuple[str, str, str, str]  # topology, version, what is trained, config.remat
-CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED, ["elementwise"]))
-CASES.insert(CASES.index(("v5e:2x2", "2.1", "all", "elementwise")) + 1, ("v5e:2x2", "2.1", "all", "gathers"))
+Case = tuple[str, str, str, str, int]  # topology, version, what is trained, config.remat, images on each chip
+CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED, ["elementwise"], [4]))
+CASES.insert(CASES.index(("v5e:2x2", "2.1", "all", "elementwise", 4)) + 1, ("v5e:2x2", "2.1", "all", "gathers", 4))
+# How many images a chip of v5e holds: of powers of two the largest, and the next.
+LARGEST: list[Case] = [
+    (topology, "2.1", "all", remat, images)
+    for topology in ("v5e:2x2", "v5e:4x4", "v5e:16x16")
+    for remat, images in (("gathers", 16), ("gathers", 32), ("blocks", 32), ("blocks", 64))
+]
 HEADER = ["Stable Diffusion", "trained", "chips", "remat", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
 HEADER += ["TFLOP of a chip", "HBM traffic, GB", "bound by", "images/s per chip at most", "one operation after another"]
 HEADER += ["chip-hours for 20,000 steps"]
+BATCHES = ["chips", "share a copy", "remat", "images of a chip", "HBM of a chip, GiB", "TFLOP an image"]
+BATCHES += ["images/s per chip, as the compiler estimates"]
 
 
 def main() -> None:
     only = next((given.removeprefix("--only=") for given in sys.argv[1:]), "")
-    wanted = [case for case in CASES if name(case).startswith(only) and not file(case).exists()]
+    wanted = [case for case in CASES + LARGEST if name(case).startswith(only) and not file(case).exists()]
     failed: dict[Case, str] = {}
     write(failed)
     for case in wanted:
@@ -49,7 +56,7 @@ def main() -> None:
 
 
 def name(case: Case) -> str:
-    return "_".join(case).replace(":", "_")
+    return "_".join(map(str, case)).replace(":", "_")
 
 
 def file(case: Case) -> Path:
@@ -63,8 +70,8 @@ def command(topology: str, config: str, batch: str, remat: str) -> list[str]:
 
 
 def ask(case: Case) -> None:
-    topology, version, trained, remat = case
-    batch = IMAGES * math.prod(map(int, topology.partition(":")[2].split("x")))
+    topology, version, trained, remat, images = case
+    batch = images * math.prod(map(int, topology.partition(":")[2].split("x")))
     _, *arguments = command(topology, MODELS[version] + TRAINED[trained], str(batch), remat)
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -78,19 +85,23 @@ def ask(case: Case) -> None:
 
 
 def write(failed: dict[Case, str]) -> None:
-    plans = {case: json.loads(file(case).read_text()) for case in CASES if file(case).exists()}
+    plans = {case: json.loads(file(case).read_text()) for case in CASES + LARGEST if file(case).exists()}
     rows = [row(case, plans.get(case), failed.get(case, "")) for case in CASES if case in plans or case in failed]
     versions = sorted({f"{k} {v}" for plan in plans.values() for k, v in plan["versions"].items()})
     title = "What finetuning Stable Diffusion 1.5 and 2.1 at 512 pixels needs of TPUs, as their compiler has it."
     line = " ".join(command("CHIPS", "[:sd15][:lora_base]", "BATCH", "REMAT"))
-    told = f"{', '.join(versions)}; of {len(CASES)} rows {len(CASES) - len(rows)} were not asked yet"
+    told, left = ", ".join(versions), len(CASES) - len(rows)
+    told += f"; of {len(CASES)} rows {left} were not asked yet" if left else ""
     text = f"{title}\n\n    {line}\n\n{told}\n\n{report.markdown_table(HEADER, rows)}"
+    if batches := [batch(case, plans[case]) for case in LARGEST if case in plans]:
+        told = "All of Stable Diffusion 2.1 on v5e, in powers of two up to the first that does not fit."
+        text += f"\n## The largest batch of a chip\n\n{told}\n\n{report.markdown_table(BATCHES, batches)}"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "plan.md").write_text(text)
 
 
 def row(case: Case, plan: dict[str, Any] | None, missing: str) -> list[str]:
-    topology, version, trained, remat = case
+    topology, version, trained, remat, _ = case
     cells = [version, trained, topology, remat]
     if plan is None:
         return [*cells, "", missing, *[""] * 8]
@@ -102,7 +113,18 @@ def row(case: Case, plan: dict[str, Any] | None, missing: str) -> list[str]:
     cells += [memory["arguments"], memory["temporaries"], f"{plan['flops'] / 1e12:.2f}"]
     cells += [f"{sum(plan['hbm'].values()) / 1e9:.1f}", plan["bound_by"]]
     cells += [f"{bound['images_per_second_per_chip']:.1f}" for bound in (best, serial)]
-    return [*cells, f"{best['chip_hours']:.2g} to {serial['chip_hours']:.2g}"]
+    hours = [f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (best["chip_hours"], serial["chip_hours"])]
+    return [*cells, " to ".join(hours)]
+
+
+def batch(case: Case, plan: dict[str, Any]) -> list[str]:
+    topology, _, _, remat, images = case
+    needs, usable = (plan["memory"][part] / 2**30 for part in ("needs", "usable"))
+    cells = [topology, f"{plan['mesh']['fsdp']} chips", remat, str(images), f"{needs:.2f} of {usable:.2f}"]
+    if not plan["fits"]:
+        return [*cells, "", "does not fit"]
+    speed = plan["times"]["estimated"]["images_per_second_per_chip"]
+    return [*cells, f"{plan['flops'] / images / 1e12:.2f}", f"{speed:.1f}"]
 
 
 if __name__ == "__main__":
