@@ -46,11 +46,11 @@ def test_damaged_checkpoints_are_passed_over(run: Run, tmp_path: Path) -> None:
 
 def test_one_of_two_processes_is_lost(run: Run, tmp_path: Path) -> None:
     """First the one, then the one that coordinates, and then one is warned."""
-    pair = dataclasses.replace(run.job, every=10, processes=2)
+    pair = dataclasses.replace(run.job, steps=20, processes=2)
     pair.export(tmp_path / "straight")
     workdir = tmp_path / "lost"
-    for victim, step in ((1, 12), (0, 14)):
+    for victim, step in ((1, 7), (0, 8)):
         faults.lose(pair, workdir, victim, faults.between_saves(workdir, step))
-    faults.warn(pair, workdir, 1, faults.between_saves(workdir, 16))
+    faults.warn(pair, workdir, 1, faults.between_saves(workdir, 12))
     pair.finish(workdir)
     faults.assert_as_if_nothing_happened(workdir, faults.outcome(tmp_path / "straight"))

@@ -1,4 +1,4 @@
-"""Twenty steps of the training program give the same numbers on any mesh, of one process or of several."""
+"""Eight steps of the training program give the same numbers on any mesh, of one process or of several."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 ROOT = Path(__file__).parents[1]
-STEPS = 20
+STEPS = 8
 SETTINGS = {
     "data.image_size": 16,
     "data.num_train": 48,

@@ -36,7 +36,7 @@ def test_the_autoencoder_keeps_the_picture_and_scales_its_latents(scenes: tuple)
 def test_captions_are_followed_at_fifty_ddim_steps_in_diffusers(scenes: tuple) -> None:
     pipeline = small.torch_pipeline(weights.TINY_SD)
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
-    prompts = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in PAIRS] * 2
+    prompts = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in PAIRS]
     pictures = pipeline(
         prompts,
         num_inference_steps=50,
