@@ -76,6 +76,31 @@ def test_distance_of_singular_covariances():
     assert frechet_distance(flat, gaussian(np.zeros(2), np.diag([0, 4]))) == pytest.approx(1 + 4)
 
 
+@pytest.mark.parametrize("counts", [(9, 40), (40, 9), (25, 25), (60, 7), (1, 1)])
+def test_distance_of_few_samples_is_by_the_singular_values_of_their_products(counts):
+    """They sum to tr (C_a C_b)^(1/2) for X_a X_b^T, X being centred samples by the root of one less than they are."""
+    random = np.random.default_rng(6)
+    x, y = (random.normal(i, 1 + i, (1 + n, 30)) for i, n in enumerate(counts))
+    centred = [(z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y)]
+    cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + sum(np.square(z).sum() for z in centred) - 2 * cross
+    assert frechet_distance(*map(FeatureStatistics.of, (x, y))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_distance_to_a_point():
+    point, other = FeatureStatistics.of(np.ones((5, 3))), gaussian([2, 1, 1], np.diag([1, 4, 9]))
+    assert frechet_distance(point, point) == 0
+    assert frechet_distance(point, other) == frechet_distance(other, point) == pytest.approx(1 + 14)
+
+
+def test_distance_of_what_is_not_finite_is_not_a_number():
+    broken = np.random.default_rng(7).normal(size=(20, 12))
+    broken[3, 5] = np.nan
+    for count in (8, 20, 300):
+        pair = [FeatureStatistics.of(x) for x in (broken, np.random.default_rng(8).normal(size=(count, 12)))]
+        assert np.isnan(frechet_distance(*pair)) and np.isnan(frechet_distance(*pair[::-1]))
+
+
 def test_captions_are_parsed_in_order():
     text = "a small red cube, a large orange sphere and a white cone on snow at night"
     assert metrics.caption_pairs(text) == [("red", "cube"), ("orange", "sphere"), ("white", "cone")]

@@ -53,7 +53,7 @@ def test_programs_begin_without_what_takes_long_to_import() -> None:
     modules = [file.stem for file in (ROOT / "d2f_jax").glob("*.py") if "program.run(main)" in file.read_text()]
     assert {"train", "sample", "evaluate", "plan", "prepare", "reflow", "convert"} <= set(modules)
     imports = f"import sys, {', '.join(f'd2f_jax.{name}' for name in modules)}"
-    slow = ("torch", "tensorflow", "transformers", "diffrax")
+    slow = ("torch", "tensorflow", "transformers", "diffrax", "scipy.linalg")
     told = [sys.executable, "-c", f"{imports}; print([x for x in {slow} if x in sys.modules])"]
     assert subprocess.run(told, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout == "[]\n"
 
@@ -180,7 +180,7 @@ def test_told_to_make_room_and_started_again(model: Path, tmp_path: Path) -> Non
     workdir, compiled = tmp_path / "run", tmp_path / "cache" / "d2f_jax" / "compiled"
     command = [sys.executable, "-m", "d2f_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
     command += [f"--config.model={model}", "--config.data.image_size=16", "--config.data.num_train=16"]
-    command += ["--config.data.num_validation=2", "--config.train.num_steps=60", "--config.train.batch_size=2"]
+    command += ["--config.data.num_validation=2", "--config.train.num_steps=150", "--config.train.batch_size=2"]
     command += ["--config.train.log_every=1", "--config.train.checkpoint_every=1000", "--config.eval.every=1000"]
     command += ["--config.eval.step_counts=(1,)", "--config.eval.num_images=2"]
     options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
@@ -201,14 +201,14 @@ def test_told_to_make_room_and_started_again(model: Path, tmp_path: Path) -> Non
         _, stderr = running.communicate(timeout=120)
     assert running.returncode == 75, stderr[-2000:]
     last = told()[-1]
-    assert stderr.splitlines()[-1].startswith(f"stopped: told to make room at step {last} of 60, and saved;")
+    assert stderr.splitlines()[-1].startswith(f"stopped: told to make room at step {last} of 150, and saved;")
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(last)]
     assert not (workdir / "export").exists()
     before = steps_compiled()
     assert before
     again = subprocess.run(command, **options, timeout=300)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert told() == list(range(1, 61)) and (workdir / "export").exists()
+    assert told() == list(range(1, 151)) and (workdir / "export").exists()
     assert steps_compiled() == before
 
 

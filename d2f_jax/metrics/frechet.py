@@ -7,9 +7,9 @@ an amount that grows with the number of features and falls as 1/N: compare only 
 """
 
 import dataclasses
+import math
 
 import numpy as np
-from scipy.linalg import get_lapack_funcs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +60,27 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """d² of the module's docstring; exact for singular covariances too, and sooner told the lower the ranks are."""
+    """d² of the module's docstring, exact for singular covariances too; NaN if a mean or covariance is not finite.
+
+    Told sooner where the smaller set has fewer samples than features.
+    """
     cov_a, cov_b = a.covariance_FxF, b.covariance_FxF
+    if not all(np.isfinite(x).all() for x in (a.mean_F, b.mean_F, cov_a, cov_b)):
+        return math.nan
     fewer, other = (cov_a, cov_b) if a.count <= b.count else (cov_b, cov_a)
     # L L^T C has the eigenvalues of the symmetric L^T C L, and no more of them than L has columns.
     factor_FxR = _factor(fewer)
     product_RxR = factor_FxR.T @ other @ factor_FxR
     cross = np.sqrt(np.linalg.eigvalsh((product_RxR + product_RxR.T) / 2).clip(0)).sum()
     distance = np.square(a.mean_F - b.mean_F).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    return float(np.maximum(distance, 0))  # rounding alone makes it negative
+    return max(0.0, float(distance))  # rounding alone makes it negative
 
 
 def _factor(covariance_FxF: np.ndarray) -> np.ndarray:
     """L [F, rank] with L L^T the covariance, by Cholesky's method with pivots (Higham, 1990), to rounding."""
-    (dpstrf,) = get_lapack_funcs(("pstrf",), (covariance_FxF,))
+    from scipy.linalg.lapack import dpstrf  # half a second of every start
+
     lower_FxF, pivots_F, rank, _ = dpstrf(covariance_FxF, lower=1)
     factor_FxR = np.empty((len(pivots_F), rank))
-    factor_FxR[pivots_F - 1] = np.tril(lower_FxF)[:, :rank]
+    factor_FxR[pivots_F - 1] = np.tril(lower_FxF[:, :rank])
     return factor_FxR
