@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Several workers share the cores: threads of PyTorch and NumPy would wait, and spin, for others that do not run.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where workers share the cores, threads of PyTorch and NumPy would wait, and spin, for others that do not run.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Eight devices on every machine, so that what is sharded is really sharded.
 # XLA ends a process one of whose devices has kept the others waiting for 40 s, as happens where cores are few and busy.
 os.environ["XLA_FLAGS"] = (

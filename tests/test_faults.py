@@ -46,7 +46,7 @@ def test_damaged_checkpoints_are_passed_over(run: Run, tmp_path: Path) -> None:
 
 def test_one_of_two_processes_is_lost(run: Run, tmp_path: Path) -> None:
     """First the one, then the one that coordinates, and then one is warned."""
-    pair = dataclasses.replace(run.job, steps=20, processes=2)
+    pair = dataclasses.replace(run.job, processes=2)
     pair.export(tmp_path / "straight")
     workdir = tmp_path / "lost"
     for victim, step in ((1, 7), (0, 8)):

@@ -8,7 +8,7 @@ import d2f_jax
 ROOT = Path(d2f_jax.__file__).parent
 LAYERS = [
     {"errors"},
-    {"schedule", "flow", "alignment", "sampling", "sde", "sampler", "likelihood"},
+    {"schedule", "flow", "alignment", "sampling", "adaptive", "sde", "sampler", "likelihood"},
     {"models", "lora", "task"},
     {"chips", "distributed", "flops", "hlo", "objectives", "optim", "sharding", "step", "traffic", "validation"},
     {"checkpoint", "data", "lora_files", "lora_foreign", "metrics", "oracle", "report", "torch_files", "weights"},
