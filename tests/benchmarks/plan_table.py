@@ -4,8 +4,9 @@
     nice .venv/bin/python tests/benchmarks/plan_table.py [--only=v6e]
 
 Asks `d2f_jax.plan --quick` for each row that results/plan/ does not hold yet, one after another; each takes minutes of
-fast cores, a quarter of an hour of slow ones, and 11 GB of memory. It can be stopped and goes on: what is known is
-kept, and the table is written after each. --only asks for the rows whose names, those of the files, begin so.
+fast cores, a quarter of an hour of slow ones, and 11 GB of memory. Then it looks for the largest batch of a chip of
+v5e, as `d2f_jax.plan --search` does, for two kinds of recomputation. It can be stopped and goes on: what is known is
+kept, and the tables are written after each. --only asks for the rows whose names, those of the files, begin so.
 """
 
 import importlib.metadata
@@ -15,6 +16,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,9 @@ CHIPS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v5e:16x16")
 Case = tuple[str, str, str, str, int]  # topology, version, what is trained, config.remat, images on each chip
 CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED, ["elementwise"], [4]))
 CASES.insert(CASES.index(("v5e:2x2", "2.1", "all", "elementwise", 4)) + 1, ("v5e:2x2", "2.1", "all", "gathers", 4))
-# How many images a chip of v5e holds: of powers of two the largest, and the next.
-LARGEST: list[Case] = [
-    (topology, "2.1", "all", remat, images)
-    for topology in ("v5e:2x2", "v5e:4x4", "v5e:16x16")
-    for remat, images in (("gathers", 16), ("gathers", 32), ("blocks", 32), ("blocks", 64))
-]
+# config.remat, and where to begin to look for how many images a chip holds, all of 2.1 being trained.
+SEARCHED = {"gathers": 16, "blocks": 32}
+SHARING = ("v5e:2x2", "v5e:4x4", "v5e:16x16")
 HEADER = ["Stable Diffusion", "trained", "chips", "remat", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
 HEADER += ["TFLOP of a chip", "HBM traffic, GB", "bound by", "images/s per chip at most", "one operation after another"]
 HEADER += ["chip-hours for 20,000 steps"]
@@ -43,10 +42,9 @@ BATCHES += ["images/s per chip, as the compiler estimates"]
 
 def main() -> None:
     only = next((given.removeprefix("--only=") for given in sys.argv[1:]), "")
-    wanted = [case for case in CASES + LARGEST if name(case).startswith(only) and not file(case).exists()]
     failed: dict[Case, str] = {}
     write(failed)
-    for case in wanted:
+    while (case := next((x for x in unknown() if name(x).startswith(only) and x not in failed), None)) is not None:
         try:
             ask(case)
         except RuntimeError as error:
@@ -55,12 +53,40 @@ def main() -> None:
         write(failed)
 
 
+def unknown() -> Iterator[Case]:
+    yield from (case for case in CASES if not file(case).exists())
+    for topology, remat in itertools.product(SHARING, SEARCHED):
+        fits, too_many = found(topology, remat)
+        if not is_largest(fits, too_many):
+            images = max(2 * fits, SEARCHED[remat]) if not too_many else 2 * fits or too_many // 2
+            yield searched(topology, remat, images)
+
+
+def searched(topology: str, remat: str, images: int) -> Case:
+    return (topology, "2.1", "all", remat, images)
+
+
+def found(topology: str, remat: str) -> tuple[int, int]:
+    """The most images of a chip that are known to fit, and the fewest known not to, powers of two; 0 if none are."""
+    asked = [case for k in range(8) if file(case := searched(topology, remat, 2**k)).exists()]
+    fit = {case[-1]: read(case)["fits"] for case in asked}
+    return max((n for n in fit if fit[n]), default=0), min((n for n in fit if not fit[n]), default=0)
+
+
+def is_largest(fits: int, too_many: int) -> bool:
+    return too_many == (2 * fits or 1)
+
+
 def name(case: Case) -> str:
     return "_".join(map(str, case)).replace(":", "_")
 
 
 def file(case: Case) -> Path:
     return RESULTS / "plan" / f"{name(case)}.json"
+
+
+def read(case: Case) -> dict[str, Any]:
+    return json.loads(file(case).read_text())
 
 
 def command(topology: str, config: str, batch: str, remat: str) -> list[str]:
@@ -85,16 +111,16 @@ def ask(case: Case) -> None:
 
 
 def write(failed: dict[Case, str]) -> None:
-    plans = {case: json.loads(file(case).read_text()) for case in CASES + LARGEST if file(case).exists()}
+    plans = {case: read(case) for case in CASES if file(case).exists()}
     rows = [row(case, plans.get(case), failed.get(case, "")) for case in CASES if case in plans or case in failed]
     versions = sorted({f"{k} {v}" for plan in plans.values() for k, v in plan["versions"].items()})
     title = "What finetuning Stable Diffusion 1.5 and 2.1 at 512 pixels needs of TPUs, as their compiler has it."
     line = " ".join(command("CHIPS", "[:sd15][:lora_base]", "BATCH", "REMAT"))
-    told, left = ", ".join(versions), len(CASES) - len(rows)
+    left, told = len(CASES) - len(rows), ", ".join(versions)
     told += f"; of {len(CASES)} rows {left} were not asked yet" if left else ""
     text = f"{title}\n\n    {line}\n\n{told}\n\n{report.markdown_table(HEADER, rows)}"
-    if batches := [batch(case, plans[case]) for case in LARGEST if case in plans]:
-        told = "All of Stable Diffusion 2.1 on v5e, in powers of two up to the first that does not fit."
+    if batches := [cells for pair in itertools.product(SHARING, SEARCHED) for cells in largest(*pair)]:
+        told = "All of Stable Diffusion 2.1 on v5e: of powers of two the largest batch that fits, and the next."
         text += f"\n## The largest batch of a chip\n\n{told}\n\n{report.markdown_table(BATCHES, batches)}"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "plan.md").write_text(text)
@@ -117,14 +143,20 @@ def row(case: Case, plan: dict[str, Any] | None, missing: str) -> list[str]:
     return [*cells, " to ".join(hours)]
 
 
-def batch(case: Case, plan: dict[str, Any]) -> list[str]:
-    topology, _, _, remat, images = case
-    needs, usable = (plan["memory"][part] / 2**30 for part in ("needs", "usable"))
-    cells = [topology, f"{plan['mesh']['fsdp']} chips", remat, str(images), f"{needs:.2f} of {usable:.2f}"]
-    if not plan["fits"]:
-        return [*cells, "", "does not fit"]
-    speed = plan["times"]["estimated"]["images_per_second_per_chip"]
-    return [*cells, f"{plan['flops'] / images / 1e12:.2f}", f"{speed:.1f}"]
+def largest(topology: str, remat: str) -> list[list[str]]:
+    """Rows of the batch that fits and of the next; none before they are found."""
+    rows, pair = [], found(topology, remat)
+    for images in pair:
+        if images and is_largest(*pair):
+            plan = read(searched(topology, remat, images))
+            needs, usable = (plan["memory"][part] / 2**30 for part in ("needs", "usable"))
+            cells = [topology, f"{plan['mesh']['fsdp']} chips", remat, str(images), f"{needs:.2f} of {usable:.2f}"]
+            work, speed = "", "does not fit"
+            if plan["fits"]:
+                work = f"{plan['flops'] / images / 1e12:.2f}"
+                speed = f"{plan['times']['estimated']['images_per_second_per_chip']:.1f}"
+            rows.append([*cells, work, speed])
+    return rows
 
 
 if __name__ == "__main__":
