@@ -78,8 +78,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 def _factor(covariance_FxF: np.ndarray) -> np.ndarray:
     """L [F, rank] with L L^T the covariance, by Cholesky's method with pivots (Higham, 1990), to rounding."""
-    from scipy.linalg.lapack import dpstrf  # half a second of every start
+    from scipy.linalg import get_lapack_funcs  # half a second of every start
 
+    (dpstrf,) = get_lapack_funcs(("pstrf",), (covariance_FxF,))
     lower_FxF, pivots_F, rank, _ = dpstrf(covariance_FxF, lower=1)
     factor_FxR = np.empty((len(pivots_F), rank))
     factor_FxR[pivots_F - 1] = np.tril(lower_FxF[:, :rank])

@@ -17,7 +17,7 @@ Merging costs 0.3 and 1.2 TFLOP a step whatever the batch, and computes gradient
 that is saved (26% and 36% of the operations at batch 1, 17% and 3% at batch 16), but less of it comes back as time, in
 two runs on a CPU 9 to 16% at batch 1 and 3 to 8% at batch 4, where it holds 4 to 5% more memory. A TPU's compiler, in
 half precision and with elementwise recomputation, finds 3 to 25% fewer operations beside the layers, but in three of
-four cases more traffic of HBM, which is what bounds such a step: 42% and 21% more at 320 channels, 18% more and 3% less
+four cases more traffic of HBM, which is what bounds such a step: 66% and 4% more at 320 channels, 25% more and 2% less
 at 1280. Training merges: the network that is trained, judged, drawn with and exported is one function of its
 parameters. On a CPU, and where a device has a single picture, the other form is faster by these figures. Neither was
 run on a TPU or a GPU yet.
