@@ -32,12 +32,12 @@ CASES: list[Case] = list(itertools.product(CHIPS, MODELS, TRAINED, ["elementwise
 CASES.insert(CASES.index(("v5e:2x2", "2.1", "all", "elementwise", 4)) + 1, ("v5e:2x2", "2.1", "all", "gathers", 4))
 # config.remat, and where to begin to look for how many images a chip holds, all of 2.1 being trained.
 SEARCHED = {"gathers": 16, "blocks": 32}
-SHARING = ("v5e:2x2", "v5e:4x4", "v5e:16x16")
+SHARING = ("v5e:2x2", "v5e:4x4", "v5e:16x16")  # where fewer chips share a copy first
+SIZES = [2**k for k in range(8)]
 HEADER = ["Stable Diffusion", "trained", "chips", "remat", "batch", "HBM of a chip, GiB", "arguments", "temporaries"]
 HEADER += ["TFLOP of a chip", "HBM traffic, GB", "bound by", "images/s per chip at most", "one operation after another"]
 HEADER += ["chip-hours for 20,000 steps"]
-BATCHES = ["chips", "share a copy", "remat", "images of a chip", "HBM of a chip, GiB", "TFLOP an image"]
-BATCHES += ["images/s per chip, as the compiler estimates"]
+BATCHES = ["remat", "images of a chip", "TFLOP an image"]
 
 
 def main() -> None:
@@ -57,9 +57,10 @@ def unknown() -> Iterator[Case]:
     yield from (case for case in CASES if not file(case).exists())
     for topology, remat in itertools.product(SHARING, SEARCHED):
         fits, too_many = found(topology, remat)
-        if not is_largest(fits, too_many):
+        if too_many != (2 * fits or 1):
             images = max(2 * fits, SEARCHED[remat]) if not too_many else 2 * fits or too_many // 2
-            yield searched(topology, remat, images)
+            most = searched(SHARING[-1], remat, images)  # what does not fit there fits nowhere
+            yield most if fits and not file(most).exists() else searched(topology, remat, images)
 
 
 def searched(topology: str, remat: str, images: int) -> Case:
@@ -67,14 +68,18 @@ def searched(topology: str, remat: str, images: int) -> Case:
 
 
 def found(topology: str, remat: str) -> tuple[int, int]:
-    """The most images of a chip that are known to fit, and the fewest known not to, powers of two; 0 if none are."""
-    asked = [case for k in range(8) if file(case := searched(topology, remat, 2**k)).exists()]
-    fit = {case[-1]: read(case)["fits"] for case in asked}
-    return max((n for n in fit if fit[n]), default=0), min((n for n in fit if not fit[n]), default=0)
+    """The most images of a chip that are known to fit, and the fewest known not to, powers of two; 0 if none are.
 
-
-def is_largest(fits: int, too_many: int) -> bool:
-    return too_many == (2 * fits or 1)
+    Where more chips share a copy as many fit at least.
+    """
+    place, fit, too_many = SHARING.index(topology), [0], []
+    for (k, other), images in itertools.product(enumerate(SHARING), SIZES):
+        if file(case := searched(other, remat, images)).exists():
+            if read(case)["fits"] and k <= place:
+                fit.append(images)
+            if not read(case)["fits"] and k >= place:
+                too_many.append(images)
+    return max(fit), min(too_many, default=0)
 
 
 def name(case: Case) -> str:
@@ -119,9 +124,12 @@ def write(failed: dict[Case, str]) -> None:
     left, told = len(CASES) - len(rows), ", ".join(versions)
     told += f"; of {len(CASES)} rows {left} were not asked yet" if left else ""
     text = f"{title}\n\n    {line}\n\n{told}\n\n{report.markdown_table(HEADER, rows)}"
-    if batches := [cells for pair in itertools.product(SHARING, SEARCHED) for cells in largest(*pair)]:
-        told = "All of Stable Diffusion 2.1 on v5e: of powers of two the largest batch that fits, and the next."
-        text += f"\n## The largest batch of a chip\n\n{told}\n\n{report.markdown_table(BATCHES, batches)}"
+    if batches := [cells for remat in SEARCHED for cells in largest(remat)]:
+        told = (
+            "All of Stable Diffusion 2.1 on v5e, batches of powers of two. Where more chips share a copy, as many fit "
+        )
+        told += "at least: without a number that is all that is known."
+        text += f"\n## The largest batch of a chip\n\n{told}\n\n{report.markdown_table([*BATCHES, *SHARING], batches)}"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "plan.md").write_text(text)
 
@@ -143,20 +151,26 @@ def row(case: Case, plan: dict[str, Any] | None, missing: str) -> list[str]:
     return [*cells, " to ".join(hours)]
 
 
-def largest(topology: str, remat: str) -> list[list[str]]:
-    """Rows of the batch that fits and of the next; none before they are found."""
-    rows, pair = [], found(topology, remat)
-    for images in pair:
-        if images and is_largest(*pair):
-            plan = read(searched(topology, remat, images))
-            needs, usable = (plan["memory"][part] / 2**30 for part in ("needs", "usable"))
-            cells = [topology, f"{plan['mesh']['fsdp']} chips", remat, str(images), f"{needs:.2f} of {usable:.2f}"]
-            work, speed = "", "does not fit"
-            if plan["fits"]:
-                work = f"{plan['flops'] / images / 1e12:.2f}"
-                speed = f"{plan['times']['estimated']['images_per_second_per_chip']:.1f}"
-            rows.append([*cells, work, speed])
+def largest(remat: str) -> list[list[str]]:
+    """Rows of the batches that were asked about, with what the compiler estimates."""
+    rows = []
+    for images in SIZES:
+        plans = {x: read(case) for x in SHARING if file(case := searched(x, remat, images)).exists()}
+        if plans:
+            work = {f"{plan['flops'] / images / 1e12:.2f}" for plan in plans.values() if plan["fits"]}
+            cells = [fitting(plans.get(x), images, *found(x, remat)) for x in SHARING]
+            rows.append([remat, str(images), ", ".join(sorted(work)), *cells])
     return rows
+
+
+def fitting(plan: dict[str, Any] | None, images: int, fits: int, too_many: int) -> str:
+    if plan is None:
+        return "fits" if images <= fits else "does not fit" if too_many and images >= too_many else ""
+    needs, usable = (plan["memory"][part] / 2**30 for part in ("needs", "usable"))
+    if not plan["fits"]:
+        return f"does not fit, by {needs - usable:.1f} GiB at least"
+    speed = plan["times"]["estimated"]["images_per_second_per_chip"]
+    return f"{needs:.1f} of {usable:.1f} GiB, {speed:.1f} images/s"
 
 
 if __name__ == "__main__":
