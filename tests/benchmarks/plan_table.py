@@ -4,7 +4,7 @@
     nice .venv/bin/python tests/benchmarks/plan_table.py [--only=v6e]
 
 Asks `d2f_jax.plan --quick` for each row that results/plan/ does not hold yet, one after another; each takes minutes of
-fast cores, a quarter of an hour of slow ones, and 11 GB of memory. Then it looks for the largest batch of a chip of
+fast cores, up to half an hour of slow ones, and 11 GB of memory. Then it looks for the largest batch of a chip of
 v5e, as `d2f_jax.plan --search` does, for two kinds of recomputation. It can be stopped and goes on: what is known is
 kept, and the tables are written after each. --only asks for the rows whose names, those of the files, begin so.
 """
