@@ -82,15 +82,17 @@ def runs(program: Program, unknown_trips: int = 1) -> Iterator[tuple[Computation
 
 
 def trips(program: Program, within: Computation, loop: Instruction) -> int | None:
-    """How often a `while` runs: as XLA says, or up to a constant where it counts by one, as all loops of JAX do."""
+    """How often a `while` runs: as XLA says, or from its counter's first value, its limit and its step."""
     if known := loop.attribute("known_trip_count", r'"?:\{"?n"?:"?(\d+)'):
         return int(known)
     condition = program.computations[loop.attribute("condition") or ""]
-    test = next(each for each in condition.values() if each.root)
+    test = _root(condition)
     if test.opcode != "compare" or "direction=LT" not in test.text:
         return None
-    first, last = (_constant(condition, condition[name], within, loop) for name in test.operands)
-    return None if first is None or last is None else max(last - first, 0)
+    counter, limit = (condition[name] for name in test.operands)
+    step = _step(program, counter, within, loop)
+    first, last = (_constant(condition, value, within, loop) for value in (counter, limit))
+    return None if first is None or last is None or not step else max(-(-(last - first) // step), 0)
 
 
 def unknown_loops(program: Program) -> int:
@@ -167,8 +169,7 @@ def _array(kind: str, bits: str, sides: str, layout: str) -> Array:
 
 def _constant(of: Computation, value: Instruction, within: Computation, loop: Instruction) -> int | None:
     """The integer that an instruction of a loop's condition is; what the loop carries has its first value."""
-    while value.opcode in ("copy", "bitcast", "convert"):
-        value = of[value.operands[0]]
+    value = _copied(of, value)
     if value.opcode == "constant" and (number := re.match(r"-?\d+", value.text)):
         return int(number[0])
     start = within[loop.operands[0]]
@@ -176,6 +177,35 @@ def _constant(of: Computation, value: Instruction, within: Computation, loop: In
         carried = start.operands[int(value.attribute("index") or 0)]
         return _constant(within, within[carried], within, loop)
     return None
+
+
+def _step(program: Program, counter: Instruction, within: Computation, loop: Instruction) -> int | None:
+    """What a round adds to the counter: 1 in loops of JAX, more where XLA has made one round of several."""
+    of = program.computations[loop.attribute("body") or ""]
+    result = _root(of)
+    if counter.opcode != "get-tuple-element" or result.opcode != "tuple":
+        return None
+    index = counter.attribute("index") or "0"
+    value = _copied(of, of[result.operands[int(index)]])
+    if value.opcode == "fusion":
+        of = program.computations[value.attribute("calls") or ""]
+        value = _copied(of, _root(of))
+    if value.opcode != "add":
+        return None
+    sides = [_copied(of, of[name]) for name in value.operands]
+    steps = [_constant(of, side, within, loop) for side in sides if side.attribute("index") != index]
+    return next((step for step in steps if step is not None), None)
+
+
+def _copied(of: Computation, value: Instruction) -> Instruction:
+    """What it is a copy of."""
+    while value.opcode in ("copy", "bitcast", "convert"):
+        value = of[value.operands[0]]
+    return value
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(each for each in computation.values() if each.root)
 
 
 def _runs(program: Program, name: str, times: int, unknown: int) -> Iterator[tuple[Computation, Instruction, int]]:

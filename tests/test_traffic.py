@@ -1,7 +1,7 @@
 """Bytes, FLOPs and collectives of optimised programs whose traffic is known.
 
 tests/hlo holds what libtpu 0.0.42 makes of such programs for v5e:2x2, without what only says where it comes from.
-between_slices is of two of them.
+between_slices is of two of them, windowed of v5e:4x4.
 """
 
 import functools
@@ -73,6 +73,17 @@ def test_instructions_of_several_lines_are_read_to_their_end() -> None:
 def test_a_loop_counts_as_often_as_it_runs(name: str, options: dict[str, int], rounds: int) -> None:
     work = recorded(name, **options)
     assert moved(work) == {ELEMENTWISE: rounds * 2 * 256 * MB, COPIES: 2 * 256 * MB}  # what it begins with, once
+
+
+def test_a_sum_that_is_passed_around_beside_products_counts_its_rounds() -> None:
+    """`x.T @ y` of bfloat16 [65536, 320] and [65536, 1280] whose rows 16 chips share, and then those of the result.
+
+    XLA makes eight rounds of it, two of which are one of its loop's.
+    """
+    work, part = recorded("windowed"), 2 * 20 * 1280
+    assert work.flops == 2 * 65536 * 320 * 1280 // 16 and work.unknown_loops == 0
+    assert work.collectives == {"collective-permute": 4 * 4 + 1}  # both ways around
+    assert work.received == {"collective-permute": (4 * 4 + 1) * part}
 
 
 def test_cycles_are_the_compilers_own() -> None:
