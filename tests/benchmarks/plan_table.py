@@ -60,7 +60,8 @@ def unknown() -> Iterator[Case]:
         fits, too_many = max((n for n in fit if fit[n]), default=0), min((n for n in fit if not fit[n]), default=0)
         if too_many != (2 * fits or 1):
             images = max(2 * fits, SEARCHED[remat]) if not too_many else 2 * fits or too_many // 2
-            yield searched(topology, remat, images)
+            if images in SIZES:
+                yield searched(topology, remat, images)
 
 
 def searched(topology: str, remat: str, images: int) -> Case:
