@@ -34,13 +34,15 @@ class Checkpoints:
     def __init__(self, folder: Path, *, every: int, keep: int, keep_period: int | None = None) -> None:
         self._folder, self._every, self._saving = folder.absolute(), every, 0
         self._failure: SaveError | None = None
+        if distributed.is_main():  # Orbax's option does it in a thread, which fails where a refusal ends the process
+            for killed in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(killed)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 keep_period=keep_period,
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,  # what a killed save has left would fill the disk
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -136,6 +138,12 @@ class Checkpoints:
         return self._failure
 
 
+def check_any(folder: Path) -> None:
+    """Raises InputError if `folder` holds no checkpoint."""
+    if not any(folder.glob("[0-9]*")):
+        raise _without(folder)
+
+
 def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
     """Step and EMA parameters alone of the newest checkpoint in `folder`, placed as `like`.
 
@@ -145,14 +153,14 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
     folder = folder.absolute()
     with ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True, save_interval_steps=0),
         item_handlers={"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
     ) as manager:
         latest = manager.latest_step()
         fault = damage(folder / str(latest)) if distributed.is_main() and latest is not None else None
         step = distributed.from_main(_NONE if latest is None else _DAMAGED if fault else latest)
         if step == _NONE:
-            raise InputError(f"{folder} holds no checkpoint; give the checkpoints/ of a workdir")
+            raise _without(folder)
         if step == _DAMAGED:
             told = fault or "as the main process tells"
             raise InputError(f"{folder / str(latest)} is damaged: {told}; put back a copy")
@@ -167,6 +175,10 @@ def restore_average(folder: Path, like: Any) -> tuple[int, Any]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         return step, manager.restore(step, args=ocp.args.Composite(state=args))["state"][part]
+
+
+def _without(folder: Path) -> InputError:
+    return InputError(f"{folder} holds no checkpoint; give the checkpoints/ of a workdir")
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -115,6 +115,9 @@ def evaluate(
     given = datasets.open_given(config)
     protocol = datasets.depth_protocol(config, given) if of_depth else ""
     data = datasets.open_data(config, folder, pipeline, given)
+    if judges and distributed.is_main():
+        for told in judges.missing():
+            print(told)
     count = min(config.eval.num_images, sum(map(len, data.shown)))
     if judges is None:
         how = metrics.DEPTH_PROTOCOLS[protocol]
@@ -137,16 +140,11 @@ def column(config: Config, num_steps: int) -> str:
 
 
 def load_judges(config: Config, inception: str | None, clip: str | None, aesthetic: str | None, *, kid: bool) -> Judges:
-    """Of pictures, and tells what they lack."""
     if min(datasets.image_shape(config)) < 11:
         told = datasets.told_size(config)
         raise InputError(f"config.data.image_size: pictures of {told} pixels have no SSIM; use 11 or more")
     judged = {"shapes": datasets.scored(config), "colours": datasets.of_colours(config)}
-    judges = Judges.load(inception, clip, aesthetic, kid=kid, **judged)
-    if distributed.is_main():
-        for told in judges.missing():
-            print(told)
-    return judges
+    return Judges.load(inception, clip, aesthetic, kid=kid, **judged)
 
 
 def picture_scores(

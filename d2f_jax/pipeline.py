@@ -244,7 +244,7 @@ class Pipeline:
         One program is compiled for each batch shape and serves every number of steps up to 64, but for a trajectory.
         """
         how = _sampler(sampler)
-        self._require(of_pictures=False)
+        self.require(of_pictures=False)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("there is no prompt; give one or more")
@@ -276,7 +276,7 @@ class Pipeline:
         start from.
         """
         how = _sampler(sampler)
-        self._require(of_pictures=True)
+        self.require(of_pictures=True)
         if ensemble < 1:
             raise InputError(f"ensemble={ensemble}: give a whole number, 1 or more")
         self.task.check_ensemble(ensemble)
@@ -306,7 +306,7 @@ class Pipeline:
         Only as exact as the sampler, and as the VAE is in decoding what it encodes. Raises InputError for a random one.
         """
         how = _sampler(sampler)
-        self._require(of_pictures=False)
+        self.require(of_pictures=False)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         keys = np.zeros((len(prompts), 2), np.uint32)
         return self._run(how, "invert", prompts, negative_prompt, images, keys, None, num_steps, (guidance_scale, 0.0))
@@ -322,7 +322,7 @@ class Pipeline:
         """
         if not self.alignment.complete:
             raise InputError("bits per dimension are of diffusion models and of flows aligned with them; leave it out")
-        self._require(of_pictures=False)
+        self.require(of_pictures=False)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         keys = jax.random.key_data(random_keys(seed, first + STEPS, len(prompts)))
         how = Sampler("ddim", eta=1.0, spacing="linspace")
@@ -380,10 +380,12 @@ class Pipeline:
         given = (*networks, self.adapters, *rows, grid, np.array(guidance, np.float32))
         return np.asarray(self._programs[kind](*given))[:count]
 
-    def _require(self, *, of_pictures: bool) -> None:
+    def require(self, *, of_pictures: bool) -> None:
+        """Raises InputError unless the model's task is one of pictures, or of text."""
         if self.task.of_pictures != of_pictures:
-            call = "depth(images)" if self.task.of_pictures else "pipeline(prompt)"
-            raise InputError(f"this model's task is {self.task.name}; call {call}, or give another model")
+            ways = "text, to pipeline(prompt) or --prompt", "a picture, to depth(images) or --image"
+            told = f"this model's task is {self.task.name}; give it {ways[self.task.of_pictures]}"
+            raise InputError(f"{told}, or take another model")
 
 
 def task_of(

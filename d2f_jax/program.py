@@ -96,7 +96,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # the libraries' housekeeping is not for the user
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         # ml_collections hands over the key and perhaps a guess, as the representation of a string.
         key, *guess = str(error).replace("\\n", " ").replace("\\", "").replace("'", "").replace('"', "").split()
         _refuse(InputError(f"the config has no key {key!r}; {' '.join(guess) or 'its file declares them all'}"))
@@ -138,6 +138,6 @@ def _told(error: Exception, code: int) -> int:
     kind = "" if expected else f"{type(error).__name__}: "
     text = str(error).strip()
     if "Traceback" in text:  # of a config file that failed, in absl's message: its last line says why
-        text = text.splitlines()[-1]
+        text = text.splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
     print(f"{'stopped' if code == EXIT_PREEMPTED else 'error'}: {kind}{' '.join(text.split())}", file=sys.stderr)
     return code

@@ -1,7 +1,7 @@
 """Pairs of noise and what a teacher makes of it: trained on them, a flow becomes straight (arXiv 2209.03003).
 
-    python -m d2f_jax.reflow --config=configs/X.py --out=DIR [--model=TEACHER] [--lora=FILE] [--shard_size=1024] \
-        [--batch_size=8]
+    python -m d2f_jax.reflow --config=configs/X.py --out=DIR [--model=TEACHER] [--lora=FILE] [--shard_size=1024]
+                              [--batch_size=8]
     python -m d2f_jax.train --config=configs/reflow.py:diff2flow:small:array_record:DIR --workdir=WORKDIR ...
 
 Captions are those of `config.data`, from the first again when there are fewer than `config.reflow.count`; sampler,

@@ -115,6 +115,7 @@ def main() -> None:
         pipeline = pipeline.with_lora(_LORA.value, scale=_LORA_SCALE.value)
     if _CONVENTION.value is not None:
         pipeline = pipeline.by_convention(cast(Convention, _CONVENTION.value))
+    pipeline.require(of_pictures=picture is not None)
     if picture is not None:
         depth = pipeline.depth(
             picture,
@@ -126,6 +127,9 @@ def main() -> None:
         )
         write(out, depth[0] if as_numbers else shown(depth)[0])
         return
+    # Refused before a bar is shown: what the program itself would refuse.
+    pipeline.noise(_SEED.value, 1, _HEIGHT.value, _WIDTH.value)
+    pipeline.grid(sampler, _NUM_STEPS.value)
     images = []
     with tqdm(total=len(prompts), desc="sampling", unit="image") as bar:
         for i in range(0, len(prompts), _BATCH.value):

@@ -282,7 +282,7 @@ def claim(workdir: Path, config: Config) -> None:
     differ.
     """
     file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
-    if file.exists() and _begun(workdir):
+    if file.exists() and begun(workdir):
         try:
             before, now = flat(json.loads(file.read_text())), flat(json.loads(text))
         except (ValueError, AttributeError) as error:
@@ -305,7 +305,7 @@ def claim(workdir: Path, config: Config) -> None:
     distributed.barrier("claimed")
 
 
-def _begun(workdir: Path) -> bool:
+def begun(workdir: Path) -> bool:
     """Whether a step was taken: a start that was refused before, for its data perhaps, may be mended and repeated."""
     metrics = workdir / "metrics.jsonl"
     return (metrics.exists() and metrics.stat().st_size > 0) or any((workdir / "checkpoints").glob("[0-9]*"))

@@ -190,7 +190,9 @@ def _filled(data: int, fsdp: int, count: int) -> tuple[int, int]:
         fsdp = count // data
     if data < 1 or fsdp < 1 or data * fsdp != count:
         told = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise InputError(f"{told} make no mesh of {count} devices; let one be -1 and the other divide {count}")
+        raise InputError(
+            f"{told} make no mesh of {count} devices; let one be -1, the other divide {count}, or both be -1"
+        )
     return data, fsdp
 
 

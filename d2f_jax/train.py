@@ -42,7 +42,7 @@ from d2f_jax.datasets import Data
 from d2f_jax.errors import InputError, Preempted
 from d2f_jax.pipeline import Pipeline
 from d2f_jax.program import Config
-from d2f_jax.settings import check, claim, eval_sampler, make_optimizer_options
+from d2f_jax.settings import begun, check, claim, eval_sampler, make_optimizer_options
 from d2f_jax.watch import Insight, Watch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of configs/, with :arg where it takes one.")
@@ -77,6 +77,8 @@ def run(config: Config, workdir: Path, preemption: distributed.Preemption) -> No
     plain_step = steps.make_train_step(plain_networks, pipeline.schedule, optimizer, plain_options, mesh)
     given = datasets.open_given(config)
     datasets.check_prepared(config, pipeline, given)
+    if config.init_from and not begun(workdir):
+        checkpoint.check_any(Path(config.init_from))
     claim(workdir, config)
     data = datasets.open_data(config, workdir, pipeline, given)
     key, average = jax.random.key(config.seed), config.train.ema_decay > 0

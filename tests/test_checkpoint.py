@@ -132,6 +132,15 @@ def test_the_newest_are_kept_and_those_of_the_period(tmp_path: Path, keep: int, 
     assert found(tmp_path) == {n for n in range(1, 8) if n > 7 - keep or (period and n % period == 0)}
 
 
+def test_what_a_killed_save_has_left_is_gone_before_anything_else(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    killed = tmp_path / "2.orbax-checkpoint-tmp"
+    (killed / "state").mkdir(parents=True)
+    with checkpoints(tmp_path):
+        assert not killed.exists()
+    assert found(tmp_path) == {1}
+
+
 def test_due_every_so_many_steps(tmp_path: Path) -> None:
     with checkpoints(tmp_path, every=3) as saved:
         assert [n for n in range(1, 10) if saved.due(n)] == [3, 6, 9]

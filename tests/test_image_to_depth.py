@@ -251,10 +251,10 @@ def test_a_picture_is_seen_at_the_size_that_was_trained(finished: Path, tmp_path
 
 def test_a_model_is_asked_for_what_it_makes(model: Path, finished: Path) -> None:
     plain, seeing = Pipeline.from_pretrained(model), Pipeline.from_pretrained(finished / "export")
-    with pytest.raises(InputError, match=r"task is text_to_image; call pipeline\(prompt\)"):
+    with pytest.raises(InputError, match=r"task is text_to_image; give it text, to pipeline\(prompt\) or --prompt"):
         plain.depth(pictures(1))
     for asked in (lambda: seeing("a cube"), lambda: seeing.invert(pictures(1), "")):
-        with pytest.raises(InputError, match=r"task is image_to_depth; call depth\(images\)"):
+        with pytest.raises(InputError, match=r"task is image_to_depth; give it a picture, to depth\(images\)"):
             asked()
     with pytest.raises(InputError, match="the UNet takes 2 latents side by side, text_to_image gives 1"):
         seeing.for_task(Task())

@@ -101,11 +101,13 @@ def read_image(file: str | Path | bytes, name: str = "encoded picture", *, uprig
 
     It is turned as its camera says, or with `upright=False` left as it is stored.
 
-    Raises `InputError`, which names the file, or bytes by `name`, if it does not decode.
+    Raises `InputError`, which names the file, or bytes by `name`, if it is missing or does not decode.
     """
     try:
         with _open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture) if upright else picture))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no picture {file}; give the path of one") from error
     except Exception as error:  # a decoder that meets foreign bytes may raise anything
         where = name if isinstance(file, bytes) else str(file)
         raise InputError(f"{where} does not decode ({_reason(error)}); replace or remove it") from error
