@@ -140,6 +140,7 @@ def column(config: Config, num_steps: int) -> str:
 
 
 def load_judges(config: Config, inception: str | None, clip: str | None, aesthetic: str | None, *, kid: bool) -> Judges:
+    """Of pictures. Raises InputError for those too small to judge, and as `Judges.load`."""
     if min(datasets.image_shape(config)) < 11:
         told = datasets.told_size(config)
         raise InputError(f"config.data.image_size: pictures of {told} pixels have no SSIM; use 11 or more")
